@@ -1,0 +1,171 @@
+"""Reading LoRA adapters out of a PeftModel, and refusing by name what s*B*A cannot hold."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from torch import nn
+
+from .errors import AdapterError, suggest
+from .factors import Adapter, Kind, LoraFactors
+
+__all__ = ["common_base", "lora_layers", "plain_weight", "read_adapters"]
+
+# Config fields that change more than the product B @ A, and what the user can do about each.
+_REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "modules_to_save": "full copies of modules are not a low-rank delta; train without "
+        "modules_to_save, or merge those modules by hand and remove them from the adapter",
+        "trainable_token_indices": "trained token rows are not a low-rank delta; train with LoRA "
+        "on the embedding instead",
+        "target_parameters": "LoRA on bare parameters (fused experts) is not supported yet; "
+        "target nn.Linear modules",
+        "layer_replication": "replicated layers share base weights; undo the replication first",
+        "alora_invocation_tokens": "activated LoRA works only after its invocation tokens",
+        "arrow_config": "arrow routing has no single delta",
+    }
+)
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Return module path in the base model -> its LoRA layer, for every adapted module."""
+    inner = model.base_model.model
+    return {name: m for name, m in inner.named_modules() if isinstance(m, LoraLayer)}
+
+
+def read_adapters(model: PeftModel, names: Sequence[str]) -> list[Adapter]:
+    """Return the named adapters of `model` as views of its live parameters.
+
+    Args:
+        model: a PeftModel that holds the adapters, none of them merged into the weights.
+        names: at least one adapter name, each once.
+
+    Raises:
+        AdapterError: an adapter is not there, is not plain LoRA, holds NaN or infinity, or is
+            merged into the base weights at the moment. Everything is checked before any return.
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"model must be a peft.PeftModel with the adapters loaded, got "
+            f"{type(model).__name__}. Load the first one with PeftModel.from_pretrained(base, "
+            f"folder, adapter_name=...), the others with model.load_adapter(folder, name)."
+        )
+    for name in names:
+        if name not in model.peft_config:
+            raise AdapterError(
+                f"the model has no adapter {name!r}.{suggest(str(name), model.peft_config)}"
+            )
+    for name in names:
+        _check_config(name, model.peft_config[name])
+    layers = lora_layers(model)
+    for module, layer in layers.items():
+        if layer.merged:
+            raise AdapterError(
+                f"module {module!r} has adapters {layer.merged_adapters} merged into its weight. "
+                f"Call model.unmerge_adapter() first."
+            )
+    return [_read(name, model.peft_config[name], layers) for name in names]
+
+
+def _check_config(name: str, config: Any) -> None:
+    if config.peft_type != PeftType.LORA:
+        raise AdapterError(
+            f"adapter {name!r} is {config.peft_type.value}, only LORA can be merged. PEFT's "
+            f"convert_to_lora turns some other types into LoRA."
+        )
+    for field, reason in _REFUSED.items():
+        value = getattr(config, field, None)
+        if value:
+            raise AdapterError(f"adapter {name!r} uses {field}={value!r}: {reason}.")
+    if getattr(config, "bias", "none") != "none":
+        raise AdapterError(
+            f"adapter {name!r} trained biases (bias={config.bias!r}), which are not a low-rank "
+            f"delta. Train with bias='none'."
+        )
+
+
+def _read(name: str, config: Any, layers: Mapping[str, LoraLayer]) -> Adapter:
+    factors = {
+        module: _read_layer(name, module, layer)
+        for module, layer in sorted(layers.items())
+        if name in layer.scaling
+    }
+    if not factors:
+        raise AdapterError(f"adapter {name!r} changes no module of the model.")
+    if not any(torch.count_nonzero(f.b) for f in factors.values()):
+        warnings.warn(
+            f"adapter {name!r} is all zeros (every B is 0): it was never trained, or its weights "
+            f"did not load.",
+            stacklevel=2,
+        )
+    settings = {"task_type": config.task_type, "revision": config.revision}
+    return Adapter(name, MappingProxyType(factors), config.base_model_name_or_path, settings)
+
+
+def _read_layer(name: str, module: str, layer: LoraLayer) -> LoraFactors:
+    where = f"adapter {name!r}, module {module!r}"
+    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
+        raise AdapterError(f"{where}: {type(layer).__name__} is not supported; target nn.Linear.")
+    if name in layer.lora_variant:
+        variant = type(layer.lora_variant[name]).__name__
+        raise AdapterError(
+            f"{where}: {variant} is not plain LoRA, its delta is not scaling * B @ A. Train with "
+            f"use_dora=False and no other variant."
+        )
+    if layer.lora_bias.get(name):
+        raise AdapterError(f"{where}: lora_bias=True is not supported yet; train without it.")
+    base = layer.get_base_layer()
+    kernel: tuple[int, ...] = ()
+    kind: Kind
+    if isinstance(layer, LoraEmbedding):
+        a, b, kind = layer.lora_embedding_A[name], layer.lora_embedding_B[name], "embedding"
+    else:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        kind = "conv1d" if getattr(layer, "fan_in_fan_out", False) else "linear"
+    if isinstance(layer, (Conv1d, Conv2d, Conv3d)):
+        if base.groups != 1 or any(size != 1 for size in b.shape[2:]):
+            raise AdapterError(f"{where}: grouped convolutions are not supported.")
+        kind, kernel = "conv", tuple(a.shape[2:])
+        a, b = a.flatten(1), b.flatten(1)
+    _check_values(where, a, b)
+    return LoraFactors(a.detach(), b.detach(), float(layer.scaling[name]), kind, kernel)
+
+
+def _check_values(where: str, *tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise AdapterError(f"{where}: the weights are on the meta device; load them first.")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{where}: the weights hold NaN or infinity.")
+
+
+def plain_weight(module: nn.Module) -> bool:
+    """Return True if `module` has an ordinary floating point weight that can be swapped."""
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and type(weight) in (nn.Parameter, torch.Tensor)
+        and weight.is_floating_point()
+        and not weight.is_meta
+        and not hasattr(module, "_hf_hook")
+    )
+
+
+def common_base(adapters: Iterable[Adapter]) -> str | None:
+    """Return the base model the adapters name, if they agree.
+
+    Raises:
+        AdapterError: two adapters name different base models.
+    """
+    named = {a.name: a.base for a in adapters if a.base}
+    if len(set(named.values())) > 1:
+        raise AdapterError(f"the adapters were trained on different base models: {named}.")
+    return next(iter(named.values()), None)

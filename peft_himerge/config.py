@@ -1,0 +1,182 @@
+"""The options of a Hi-Merging run, validated when made (DESIGN 1.5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError, suggest
+from .plan import Edit
+
+__all__ = ["HiMergeConfig"]
+
+Density = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
+
+
+
+class HiMergeConfig(BaseModel):
+    """Options of `merge_adapters_hi`; frozen. The defaults are the paper's reading.
+
+    Attributes:
+        density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
+            or "search" (on the adapter's own task). DESIGN 1.1.
+        scale: factor s on what was kept, >= 0: one number, one per adapter, or "search".
+        layer_density: kept fraction p_l in a layer with a partial conflict, counted over the
+            layer's entries; None is half of the adapter's density (paper). DESIGN 1.4.
+        layer_scale: further factor s_l in such a layer; None is half of the adapter's scale.
+        prune_scope: what density counts over: "model" (paper), "layer" or "module" (mergekit).
+        search: "grid" scores density and scale over 0.1..1.0 in steps of 0.1, 100 scores per
+            adapter (paper); "coarse" takes at most 12.
+        search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
+            over all tasks of the "merged" model, one adapter after the other.
+        reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
+            merged contribution again with the edits made so far.
+        accept: "always" keeps every edit (paper); "no_regression" keeps an edit only if the mean
+            score over all tasks, guard tasks included, does not fall.
+        partial_target: who is pruned in a partial conflict: the "degrader", which loses nothing
+            itself (default), or the "degraded", which loses.
+        normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
+            for tasks with unlike metrics.
+        tolerance: a gamma of at most this magnitude counts as 0: a number, or in its own standard
+            errors, as "2se" (needs eval functions that return per-example scores).
+        metric: which entry of a dict of metrics is the score: one name, or one per task.
+        rank: rank of the exported adapter: a number; a share of the delta's energy (squared
+            Frobenius norm) as a float below 1; "exact"; or "auto", which is "exact" where nothing
+            was pruned and otherwise the sum of the sources' ranks.
+        max_export_drop: largest share of the mean gain over the base model that export may lose,
+            measured by scoring the exported adapter; None never refuses.
+        strategy: how a state is put into the model: "fold" swaps weights, "lazy" adds the delta
+            inside forward, "auto" picks by memory and layer type.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    density: Density | dict[str, Density] | Literal["search"] = "search"
+    scale: Scale | dict[str, Scale] | Literal["search"] = "search"
+    layer_density: Density | None = None
+    layer_scale: Scale | None = None
+    prune_scope: Literal["model", "layer", "module"] = "model"
+    search: Literal["coarse", "grid"] = "coarse"
+    search_target: Literal["own", "merged"] = "own"
+    reanalyze: Literal["once", "each"] = "once"
+    accept: Literal["always", "no_regression"] = "always"
+    partial_target: Literal["degrader", "degraded"] = "degrader"
+    normalize: Literal["none", "gain"] = "none"
+    tolerance: float | str = 0.0
+    metric: str | dict[str, str] | None = None
+    rank: int | float | Literal["auto", "exact"] = "auto"
+    max_export_drop: Annotated[float, Field(ge=0.0)] | None = 0.1
+    strategy: Literal["auto", "fold", "lazy"] = "auto"
+
+    def __init__(self, **options: Any) -> None:
+        unknown = [key for key in options if key not in type(self).model_fields]
+        if unknown:
+            hint = suggest(unknown[0], type(self).model_fields)
+            raise ConfigError(f"unknown option {unknown[0]!r} of HiMergeConfig.{hint}")
+        try:
+            super().__init__(**options)
+        except ValidationError as exc:
+            raise ConfigError(_readable(exc)) from None
+
+    @field_validator("density", "scale", "layer_density", "layer_scale", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any) -> Any:
+        values = value.values() if isinstance(value, Mapping) else [value]
+        if any(isinstance(v, bool) for v in values):
+            raise ValueError("must be a number, not a bool")
+        return value
+
+    @field_validator("tolerance")
+    @classmethod
+    def _tolerance(cls, value: float | str) -> float | str:
+        if isinstance(value, str):
+            if not _SE.match(value):
+                raise ValueError("must be a number >= 0, or standard errors such as '2se'")
+        elif not 0.0 <= value < float("inf"):
+            raise ValueError("must be a number >= 0, or standard errors such as '2se'")
+        return value
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank(cls, value: Any) -> Any:
+        fine = value in ("auto", "exact") if isinstance(value, str) else (
+            not isinstance(value, bool)
+            and (value >= 1 if isinstance(value, int) else isinstance(value, float) and 0 < value < 1)
+        )
+        if not fine:
+            raise ValueError(
+                "must be a whole number >= 1, a share of the energy between 0 and 1, 'exact' or "
+                "'auto'"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _search_both(self) -> HiMergeConfig:
+        if isinstance(self.density, dict) != isinstance(self.scale, dict) and "search" in (
+            self.density,
+            self.scale,
+        ):
+            raise ValueError("density and scale: give both per adapter, or search both")
+        return self
+
+    def searches(self) -> bool:
+        """True if density or scale is left to the search."""
+        return "search" in (self.density, self.scale)
+
+    def model_wise_edit(self, adapter: str) -> Edit:
+        """Return the given edit of one adapter; 1 for a value that is left to the search."""
+
+        def pick(value: Any) -> float:
+            picked = value[adapter] if isinstance(value, Mapping) else value
+            return 1.0 if picked == "search" else float(picked)
+
+        return Edit(pick(self.density), pick(self.scale))
+
+    def tolerance_of(self, gamma_se: float | None) -> float:
+        """Return the magnitude up to which a gamma with this standard error counts as 0."""
+        if isinstance(self.tolerance, str):
+            found = _SE.match(self.tolerance)
+            assert found is not None
+            if gamma_se is None:
+                raise ConfigError(
+                    f"tolerance={self.tolerance!r} needs per-example scores: let the eval "
+                    f"functions return a 1-D array of at least two values, or give a number."
+                )
+            return float(found.group(1)) * gamma_se
+        return self.tolerance
+
+    def metric_of(self, task: str) -> str | None:
+        """Return the metric that is the score of `task`."""
+        return self.metric.get(task) if isinstance(self.metric, Mapping) else self.metric
+
+    def check_names(self, adapters: list[str], tasks: list[str]) -> None:
+        """Refuse options given per adapter or per task that name others.
+
+        Raises:
+            ConfigError: a name is missing or not known.
+        """
+        for option in ("density", "scale"):
+            value = getattr(self, option)
+            if isinstance(value, Mapping) and sorted(value) != sorted(adapters):
+                raise ConfigError(
+                    f"{option} is given for {sorted(value)}, but the adapters are "
+                    f"{sorted(adapters)}: give one value per adapter."
+                )
+        if isinstance(self.metric, Mapping):
+            for name in self.metric:
+                if name not in tasks:
+                    raise ConfigError(f"metric names the task {name!r}.{suggest(name, tasks)}")
+
+
+def _readable(exc: ValidationError) -> str:
+    faults: dict[str, list[str]] = {}
+    for error in exc.errors():
+        name = str(error["loc"][0]) if error["loc"] else "config"
+        text = error["msg"].removeprefix("Value error, ")
+        faults.setdefault(name, []).append(f"{text} (got {error['input']!r})")
+    return "; ".join(f"{name}: {' or '.join(dict.fromkeys(t))}" for name, t in faults.items()) + "."

@@ -1,0 +1,93 @@
+"""What a merge tells while it runs: frozen records, handed to any callable.
+
+A listener is any `Callable[[Event], None]`; pass several as `callbacks=` of `merge_adapters_hi`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .conflict import Resolution
+from .contribution import Contributions
+from .plan import MergePlan
+from .scoring import Score
+
+__all__ = [
+    "ContributionsMeasured",
+    "Event",
+    "LayerResolved",
+    "Listener",
+    "MergeFinished",
+    "MergeStarted",
+    "StateScored",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeStarted:
+    """The run begins; everything was validated.
+
+    Attributes:
+        adapters: names of the adapters.
+        tasks: names of all tasks, guard tasks last.
+        layers: labels of the layers, in order.
+        scores: upper bound on the number of scores the run needs.
+        digests: adapter -> digest of its weights.
+    """
+
+    adapters: tuple[str, ...]
+    tasks: tuple[str, ...]
+    layers: tuple[str, ...]
+    scores: int
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StateScored:
+    """One score was computed (never sent for a score that was known already).
+
+    Attributes:
+        stage: what the score is for: "states", "search", "analysis", "repair" or "export".
+        task: name of the task.
+        plan: the scored state; None for the exported adapter.
+        score: the score.
+        seconds: wall time of this score, putting the state in place included.
+        done: scores computed so far in this run.
+        total: upper bound on the scores of this run, as known now.
+    """
+
+    stage: str
+    task: str
+    plan: MergePlan | None
+    score: Score
+    seconds: float
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContributionsMeasured:
+    """Contribution analysis is complete."""
+
+    contributions: Contributions
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResolved:
+    """One layer's conflict was treated; `plan` holds all edits so far."""
+
+    resolution: Resolution
+    plan: MergePlan
+
+
+@dataclass(frozen=True, slots=True)
+class MergeFinished:
+    """The run is over: the final plan and state -> task -> score."""
+
+    plan: MergePlan
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+Event = MergeStarted | StateScored | ContributionsMeasured | LayerResolved | MergeFinished
+Listener = Callable[[Event], None]

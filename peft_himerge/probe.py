@@ -1,0 +1,320 @@
+"""The only room that touches the live model: put a plan's state into it, score, put all back.
+
+Two strategies, never arithmetic undo (adding and subtracting a delta changes a fifth of a weight's
+elements):
+
+* fold: the weight of each affected module is swapped for W0 + delta; the original parameter object
+  goes back in afterwards, so restoring is exact and costs nothing.
+* lazy: weights stay as they are; the module's delta is made inside its forward call. An ordinary
+  weight is swapped for the duration of the call (same bits as fold); for a quantised or offloaded
+  one, the delta's own output is added.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .adapters import lora_layers, plain_weight
+from .combine import Combiner, Term, add_to_weight
+from .errors import AdapterError, EvalError, HiMergeError
+from .factors import as_matrix
+from .plan import MergePlan
+from .scoring import Score, Task, read_score
+
+__all__ = ["Probe", "Strategy", "preserved"]
+
+Strategy = Literal["auto", "fold", "lazy"]
+_Terms = tuple[Term, ...]
+
+
+def _rng_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_rng_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3]:
+        torch.cuda.set_rng_state_all(state[3])
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """Everything about a model that scoring or adding an adapter may disturb, except weights."""
+
+    rng: tuple[Any, ...]
+    grad_enabled: bool
+    training: tuple[tuple[nn.Module, bool], ...]
+    requires_grad: tuple[tuple[nn.Parameter, bool], ...]
+    attributes: tuple[tuple[object, str, Any], ...]
+
+    @classmethod
+    def take(cls, model: PeftModel) -> _Snapshot:
+        attributes: list[tuple[object, str, Any]] = [(model, "active_adapter", model.active_adapter)]
+        for module in model.modules():
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                active = module._active_adapter
+                copied = active if isinstance(active, str) else list(active)
+                attributes.append((module, "_active_adapter", copied))
+                attributes.append((module, "_disable_adapters", module._disable_adapters))
+            if "gradient_checkpointing" in vars(module):
+                flag = module.gradient_checkpointing
+                attributes.append((module, "gradient_checkpointing", flag))
+        inner = model.base_model.model
+        for owner in (getattr(inner, "config", None), getattr(inner, "generation_config", None)):
+            if hasattr(owner, "use_cache"):
+                attributes.append((owner, "use_cache", owner.use_cache))
+        return cls(
+            _rng_state(),
+            torch.is_grad_enabled(),
+            tuple((m, m.training) for m in model.modules()),
+            tuple((p, p.requires_grad) for p in model.parameters()),
+            tuple(attributes),
+        )
+
+    def restore(self) -> None:
+        for module, training in self.training:
+            module.training = training
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad = flag
+        for owner, name, value in self.attributes:
+            setattr(owner, name, value)
+        torch.set_grad_enabled(self.grad_enabled)
+        _set_rng_state(self.rng)
+
+
+@contextmanager
+def preserved(model: PeftModel) -> Iterator[None]:
+    """Put flags, active adapters, modes, RNG states and use_cache back, whatever happens."""
+    snapshot = _Snapshot.take(model)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+class Probe:
+    """Shows plans in the live model and scores them there; a context manager.
+
+    Inside the context the model is in eval mode with every adapter switched off and the shown
+    plan's deltas in place. On leaving, also by an exception or Ctrl-C, everything is as before:
+    the same parameter objects, flags, modes, active adapters and RNG states.
+
+    Args:
+        model: the user's model.
+        combiner: makes the deltas.
+        strategy: "fold", "lazy", or "auto": fold if every affected weight is an ordinary one and a
+            second copy of them fits into half of the free memory.
+    """
+
+    def __init__(self, model: PeftModel, combiner: Combiner, strategy: Strategy = "auto") -> None:
+        self.model = model
+        self.combiner = combiner
+        layers = lora_layers(model)
+        self._bases = {m: layers[m].get_base_layer() for m in combiner.modules}
+        self._check_shapes()
+        self.strategy = self._choose(strategy)
+        self._shown: dict[str, _Terms] = dict.fromkeys(combiner.modules, ())
+        self._swapped: dict[str, nn.Parameter] = {}
+        self._hooks: dict[str, list[Any]] = {}
+        self._adapter: str | None = None
+        self._snapshot: _Snapshot | None = None
+
+    def _check_shapes(self) -> None:
+        for module, base in self._bases.items():
+            weight = base._parameters.get("weight")
+            if weight is None or weight.dim() < 2 or not plain_weight(base):
+                continue
+            got = self.combiner.shape(module)
+            want = tuple(as_matrix(weight, self.combiner.kind(module)).shape)
+            if got != want:
+                raise AdapterError(
+                    f"module {module!r}: the adapter's delta is {got} but the base weight is "
+                    f"{want} (out, in). The adapter was trained on another base model, or the "
+                    f"embedding was resized."
+                )
+
+    def _choose(self, strategy: Strategy) -> Literal["fold", "lazy"]:
+        plain = all(plain_weight(base) for base in self._bases.values())
+        if strategy == "fold" and not plain:
+            odd = next(m for m, base in self._bases.items() if not plain_weight(base))
+            raise AdapterError(
+                f"strategy='fold' needs ordinary weights, but {odd!r} is quantised or offloaded. "
+                f"Use strategy='lazy' or 'auto'."
+            )
+        if strategy != "auto":
+            return strategy
+        return "fold" if plain and self._second_copy_fits() else "lazy"
+
+    def _second_copy_fits(self) -> bool:
+        need: dict[torch.device, int] = {}
+        for base in self._bases.values():
+            weight = base.weight
+            need[weight.device] = need.get(weight.device, 0) + weight.numel() * weight.element_size()
+        for device, size in need.items():
+            cuda = device.type == "cuda"
+            free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+            if size > free // 2:
+                return False
+        return True
+
+    def __enter__(self) -> Probe:
+        self._snapshot = _Snapshot.take(self.model)
+        self._settle()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            for module in self.combiner.modules:
+                self._clear(module)
+        finally:
+            assert self._snapshot is not None
+            self._snapshot.restore()
+            self._snapshot = None
+            self._shown = dict.fromkeys(self.combiner.modules, ())
+
+    def _settle(self) -> None:
+        """Eval mode, and PEFT's own adapters off (or only the one that is shown on)."""
+        for module in self.model.modules():
+            module.training = False
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                module._disable_adapters = self._adapter is None
+                if self._adapter is not None:
+                    module._active_adapter = [self._adapter]
+
+    def show(self, plan: MergePlan) -> None:
+        """Put the state of `plan` into the model; only modules that differ are touched."""
+        self._adapter = None
+        for module in self.combiner.modules:
+            terms = self.combiner.terms(plan, module)
+            if terms != self._shown[module]:
+                self._clear(module)
+                if terms:
+                    self._apply(module, terms)
+                self._shown[module] = terms
+
+    def show_adapter(self, name: str) -> None:
+        """Put the base weights back and switch one adapter on, through PEFT's own forward."""
+        self.show(MergePlan.base())
+        self._adapter = name
+
+    def shown(self, module: str) -> _Terms:
+        """Return the terms in place at `module`."""
+        return self._shown[module]
+
+    def _clear(self, module: str) -> None:
+        for hook in self._hooks.pop(module, ()):
+            hook.remove()
+        original = self._swapped.pop(module, None)
+        if original is not None:
+            self._bases[module]._parameters["weight"] = original
+        self._shown[module] = ()
+
+    def _apply(self, module: str, terms: _Terms) -> None:
+        base = self._bases[module]
+        if self.strategy == "fold":
+            original = base._parameters["weight"]
+            assert original is not None
+            folded = self._folded(module, original, terms)
+            self._swapped[module] = original
+            base._parameters["weight"] = folded
+        elif plain_weight(base):
+            self._hooks[module] = self._swap_hooks(module, terms)
+        else:
+            self._hooks[module] = [base.register_forward_hook(self._add_hook(module, terms))]
+
+    def _folded(self, module: str, weight: Tensor, terms: _Terms) -> nn.Parameter:
+        """Return W0 + delta in W0's dtype, made block by block without a dense delta."""
+        blocks = self.combiner.blocks(module, terms)
+        new = add_to_weight(weight.detach(), self.combiner.kind(module), blocks)
+        return nn.Parameter(new, requires_grad=False)
+
+    def _swap_hooks(self, module: str, terms: _Terms) -> list[Any]:
+        base = self._bases[module]
+        kept: list[nn.Parameter] = []
+
+        def before(_module: nn.Module, _args: Any) -> None:
+            original = base._parameters["weight"]
+            assert original is not None
+            folded = self._folded(module, original, terms)
+            kept.append(original)
+            self._swapped[module] = original
+            base._parameters["weight"] = folded
+
+        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if kept:
+                base._parameters["weight"] = kept.pop()
+                self._swapped.pop(module, None)
+
+        return [
+            base.register_forward_pre_hook(before),
+            base.register_forward_hook(after, always_call=True),
+        ]
+
+    def _add_hook(self, module: str, terms: _Terms) -> Callable[..., Any]:
+        base = self._bases[module]
+        if self.combiner.kind(module) != "linear":
+            raise AdapterError(
+                f"module {module!r}: a quantised or offloaded {type(base).__name__} cannot be "
+                f"scored; only linear layers can."
+            )
+
+        def add(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            delta = self.combiner.delta(module, terms).to(args[0].device)
+            return output + F.linear(args[0].to(delta.dtype), delta).to(output.dtype)
+
+        return add
+
+    def call(self, task: Task) -> Score:
+        """Score the state in place with one task's eval function.
+
+        Every call starts from the same RNG states, so equal states give equal scores even if the
+        eval function samples.
+
+        Raises:
+            EvalError: the function returned no score, or changed a weight of the model.
+        """
+        assert self._snapshot is not None, "call() outside the context"
+        self._settle()
+        _set_rng_state(self._snapshot.rng)
+        before = self._versions()
+        with torch.no_grad():
+            try:
+                raw = task.fn(self.model)
+            except HiMergeError:
+                raise
+            except Exception as exc:
+                if hasattr(exc, "add_note"):  # Python >= 3.11
+                    exc.add_note(f"raised by the eval function of task {task.name!r}")
+                raise
+        changed = [name for name, version in self._versions().items() if before[name] != version]
+        if changed:
+            raise EvalError(
+                f"the eval function of task {task.name!r} changed the weight {changed[0]!r} of "
+                f"the model. An eval function may only read; score a copy instead."
+            )
+        return read_score(raw, task)
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        return {name: (id(p), p._version) for name, p in self.model.named_parameters()}

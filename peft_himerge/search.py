@@ -1,0 +1,75 @@
+"""Which density and scale: candidates in, scores asked for, the best edit out.
+
+Source: Hi-Merging searches both over 0.1..1.0 in steps of 0.1 on the adapter's own task ("grid").
+"coarse" is ours: one line over density, one over scale, one last look, at most 12 scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .config import HiMergeConfig
+from .plan import Edit
+
+__all__ = ["GRID", "Trial", "best", "budget", "search_edit"]
+
+GRID = tuple(round(0.1 * i, 1) for i in range(1, 11))
+_COARSE_DENSITY = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+_COARSE_SCALE = (0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One candidate that was scored."""
+
+    adapter: str
+    edit: Edit
+    value: float
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """Return the best trial; of equal ones the sparser, then the smaller, as both interfere less."""
+    return max(trials, key=lambda t: (t.value, -t.edit.density, -t.edit.scale))
+
+
+def budget(config: HiMergeConfig) -> int:
+    """Return the most scores one adapter's search takes."""
+    free = ("search" == config.density) + ("search" == config.scale)
+    if free == 0:
+        return 0
+    return len(GRID) ** free if config.search == "grid" or free == 1 else 12
+
+
+def search_edit(
+    adapter: str, config: HiMergeConfig, value: Callable[[Sequence[Edit]], Sequence[float]]
+) -> list[Trial]:
+    """Score candidates for one adapter and return all of them; `best` picks.
+
+    Args:
+        adapter: name of the adapter.
+        config: which of density and scale is free, and the kind of search.
+        value: gives the scores of several edits at once, higher is better.
+    """
+    given = config.model_wise_edit(adapter)
+    free_density, free_scale = config.density == "search", config.scale == "search"
+    trials: list[Trial] = []
+
+    def look(densities: Sequence[float], scales: Sequence[float]) -> None:
+        edits = [Edit(p, s) for p in densities for s in scales]
+        edits = [e for e in edits if all(e != t.edit for t in trials)]
+        values = value(edits)
+        trials.extend(Trial(adapter, e, v) for e, v in zip(edits, values, strict=True))
+
+    if not (free_density and free_scale) or config.search == "grid":
+        look(
+            GRID if free_density else (given.density,),
+            GRID if free_scale else (given.scale,),
+        )
+        return trials
+    look(_COARSE_DENSITY, (1.0,))
+    look((best(trials).edit.density,), _COARSE_SCALE)
+    top = best(trials).edit
+    at = _COARSE_DENSITY.index(top.density)
+    look((_COARSE_DENSITY[at - 1 if at else at + 1],), (top.scale,))
+    return trials
