@@ -183,11 +183,13 @@ class Combiner:
         dtype = working_dtype(*(f.dtype for f, _ in parts))
         for pieces in zip(*(f.blocks() for f, _ in parts), strict=True):
             total: Tensor | None = None
-            for (rows, block), (_, term) in zip(pieces, parts, strict=True):
+            for (_, block), (_, term) in zip(pieces, parts, strict=True):
                 kept = prune_(block, term.cut).to(dtype)
-                total = kept.mul_(term.scale) if total is None else total.add_(kept, alpha=term.scale)
+                total = (
+                    kept.mul_(term.scale) if total is None else total.add_(kept, alpha=term.scale)
+                )
             assert total is not None
-            yield rows, total
+            yield pieces[0][0], total
 
     def delta(self, module: str, terms: Sequence[Term]) -> Tensor:
         """Return the merged delta of one module, dense (out, in); zeros where nothing is added."""
@@ -200,9 +202,7 @@ class Combiner:
         return dense
 
 
-def add_to_weight(
-    weight: Tensor, kind: Kind, blocks: Iterable[tuple[slice, Tensor]]
-) -> Tensor:
+def add_to_weight(weight: Tensor, kind: Kind, blocks: Iterable[tuple[slice, Tensor]]) -> Tensor:
     """Return weight + delta in the weight's dtype and layout, without a dense delta."""
     new = torch.empty_like(weight, memory_format=torch.contiguous_format)
     source, target = as_matrix(weight, kind), as_matrix(new, kind)
@@ -212,8 +212,6 @@ def add_to_weight(
     return new
 
 
-def new_dense(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device | None
-) -> Tensor:
+def new_dense(shape: tuple[int, int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Allocate one module's dense delta, (out, in) of zeros: the only place that does."""
     return torch.zeros(shape, dtype=dtype, device=device)

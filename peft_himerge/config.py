@@ -18,7 +18,6 @@ Scale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
 
 
-
 class HiMergeConfig(BaseModel):
     """Options of `merge_adapters_hi`; frozen. The defaults are the paper's reading.
 
@@ -104,9 +103,17 @@ class HiMergeConfig(BaseModel):
     @field_validator("rank", mode="before")
     @classmethod
     def _rank(cls, value: Any) -> Any:
-        fine = value in ("auto", "exact") if isinstance(value, str) else (
-            not isinstance(value, bool)
-            and (value >= 1 if isinstance(value, int) else isinstance(value, float) and 0 < value < 1)
+        fine = (
+            value in ("auto", "exact")
+            if isinstance(value, str)
+            else (
+                not isinstance(value, bool)
+                and (
+                    value >= 1
+                    if isinstance(value, int)
+                    else isinstance(value, float) and 0 < value < 1
+                )
+            )
         )
         if not fine:
             raise ValueError(

@@ -54,7 +54,7 @@ class Contribution:
 class Contributions(Sequence[Contribution]):
     """One record per (layer, task), layer by layer."""
 
-    rows: tuple[Contribution, ...]
+    rows: tuple[Contribution, ...] = ()
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
@@ -79,8 +79,7 @@ class Contributions(Sequence[Contribution]):
             import pandas as pd
         except ImportError as exc:
             raise HiMergeError(
-                "to_pandas() needs pandas: pip install 'peft-himerge[pandas]', or use "
-                "to_records()."
+                "to_pandas() needs pandas: pip install 'peft-himerge[pandas]', or use to_records()."
             ) from exc
         return pd.DataFrame(self.to_records())
 

@@ -6,7 +6,7 @@ builtin a caller would expect, so `except ValueError` keeps working.
     HiMergeError
     ├── ConfigError        (ValueError)   an option or argument has a value that is not allowed
     ├── PlanError          (ValueError)   a plan is malformed or does not fit the adapters
-    ├── AdapterError       (ValueError)   an adapter cannot be merged; the text names it and says why
+    ├── AdapterError       (ValueError)   an adapter cannot be merged; the text says which and why
     ├── EvalError          (RuntimeError) an eval function returned something that is not a score
     ├── ExportError        (RuntimeError) the exported adapter is not as good as the merged state
     └── MissingExtraError  (ImportError)  an optional package is needed and not installed
@@ -16,6 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import MergePlan
 
 __all__ = [
     "AdapterError",
@@ -50,7 +54,16 @@ class EvalError(HiMergeError, RuntimeError):
 
 
 class ExportError(HiMergeError, RuntimeError):
-    """The exported adapter lost more than the allowed share of what the merge had won."""
+    """The exported adapter lost more than the allowed share of what the merge had won.
+
+    Attributes:
+        plan: the `MergePlan` that was to be exported, so that nothing of the search is lost; None
+            if there is none.
+    """
+
+    def __init__(self, message: str, plan: MergePlan | None = None) -> None:
+        super().__init__(message)
+        self.plan = plan
 
 
 class MissingExtraError(HiMergeError, ImportError):

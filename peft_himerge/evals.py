@@ -163,9 +163,7 @@ def _choice_ids(text: str, prompt: list[int], choice: str, tokenizer: Any) -> tu
     return tuple(tokenizer(choice, add_special_tokens=False)["input_ids"])
 
 
-def _score_single(
-    model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pad: int
-) -> Tensor:
+def _score_single(model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pad: int) -> Tensor:
     """Logits of the choices after each prompt, (rows, choices); missing choices are -inf."""
     table = _empty_table(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
@@ -178,9 +176,7 @@ def _score_single(
     return table
 
 
-def _score_several(
-    model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pad: int
-) -> Tensor:
+def _score_several(model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pad: int) -> Tensor:
     """Sum of token log-probabilities per choice, (rows, choices); missing choices are -inf."""
     table = _empty_table(rows)
     jobs = [(i, j) for i, row in enumerate(rows) for j in range(len(row.choices))]

@@ -123,6 +123,10 @@ class Adapter:
         """The largest rank of any module."""
         return max(f.rank for f in self.factors.values())
 
+    def version(self) -> int:
+        """Return a number that changes when a live factor is written to in place."""
+        return sum(f.a._version + f.b._version for f in self.factors.values())
+
     def digest(self) -> str:
         """Return a digest of names, shapes, dtypes, scalings and the bytes of all factors."""
         state = hashlib.sha256()

@@ -185,8 +185,7 @@ class MergePlan:
     def pruned(self) -> bool:
         """True if any entry of any delta that takes part is pruned by magnitude."""
         return any(
-            self.adapters[name].density < 1.0 or edit.density < 1.0
-            for _, name, edit in self.live()
+            self.adapters[name].density < 1.0 or edit.density < 1.0 for _, name, edit in self.live()
         )
 
     def live(self) -> Iterable[tuple[str, str, Edit]]:

@@ -66,7 +66,9 @@ class _Snapshot:
 
     @classmethod
     def take(cls, model: PeftModel) -> _Snapshot:
-        attributes: list[tuple[object, str, Any]] = [(model, "active_adapter", model.active_adapter)]
+        attributes: list[tuple[object, str, Any]] = [
+            (model, "active_adapter", model.active_adapter)
+        ]
         for module in model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 active = module._active_adapter
@@ -166,7 +168,9 @@ class Probe:
         need: dict[torch.device, int] = {}
         for base in self._bases.values():
             weight = base.weight
-            need[weight.device] = need.get(weight.device, 0) + weight.numel() * weight.element_size()
+            need[weight.device] = (
+                need.get(weight.device, 0) + weight.numel() * weight.element_size()
+            )
         for device, size in need.items():
             cuda = device.type == "cuda"
             free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available

@@ -29,7 +29,7 @@ class Trial:
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the best trial; of equal ones the sparser, then the smaller, as both interfere less."""
+    """Return the best trial; of equal ones the sparser, then the smaller: both interfere less."""
     return max(trials, key=lambda t: (t.value, -t.edit.density, -t.edit.scale))
 
 

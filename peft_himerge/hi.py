@@ -1,0 +1,396 @@
+"""`merge_adapters_hi`: the one loop. It asks the rooms below and holds no maths of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftModel
+
+from . import conflict as conflicts
+from . import export
+from .adapters import common_base, read_adapters
+from .combine import Combiner
+from .config import HiMergeConfig
+from .conflict import Resolution
+from .contribution import Contributions, measure, states
+from .engine import Engine
+from .errors import ConfigError, ExportError, suggest
+from .events import (
+    ContributionsMeasured,
+    Event,
+    LayerResolved,
+    Listener,
+    MergeFinished,
+    MergeStarted,
+)
+from .lowrank import LowRank
+from .plan import Edit, MergePlan
+from .probe import Probe, preserved
+from .result import MergeResult, ModuleError
+from .scoring import EvalFn, Score, Task
+from .search import Trial, best, budget, search_edit
+
+__all__ = ["apply_plan", "merge_adapters_hi"]
+
+
+def merge_adapters_hi(
+    model: PeftModel,
+    adapters: Sequence[str],
+    eval_fns: Mapping[str, EvalFn],
+    *,
+    adapter_name: str = "merged",
+    config: HiMergeConfig | None = None,
+    callbacks: Sequence[Listener] = (),
+) -> MergeResult:
+    """Merge LoRA adapters of `model` into one adapter that is good at all their tasks.
+
+    Hi-Merging: prune and scale each adapter's delta, measure what each layer contributes to each
+    task alone and after merging, and repair the layers where merging hurts. No training, no
+    training data; only the eval functions.
+
+    Source: Hi-Merging (ACL 2025, arXiv 2506.12379). Where we differ from the paper's text:
+    density and scale are searched with at most 12 scores per adapter unless ``search="grid"``;
+    with one adapter the analysis is skipped (nothing can conflict).
+
+    Args:
+        model: a PeftModel with the adapters loaded; comes back bit-identical but for the new
+            adapter, which is frozen and not active (``model.set_adapter(adapter_name)``).
+        adapters: names of the adapters, at least one, each once. Their order does not matter.
+        eval_fns: adapter name -> function of the model that returns the score of its task, higher
+            is better: a number, or better a 1-D array of per-example scores. Further names are
+            guard tasks: scored and reported, but not part of any conflict.
+        adapter_name: name of the new adapter; must be free.
+        config: the options; see `HiMergeConfig`.
+        callbacks: called with every event, in order; an exception in one ends the merge.
+
+    Returns:
+        A `MergeResult`: plan, contributions, conflicts, scores of all states; `save(dir)`.
+
+    Raises:
+        ConfigError: an argument is not allowed; nothing was touched.
+        AdapterError: an adapter cannot be merged exactly; nothing was touched.
+        EvalError: an eval function returned no score; the model was put back.
+        ExportError: the exported adapter lost more than `config.max_export_drop`; the text holds
+            the way out, the error's `plan` attribute the decision.
+    """
+    start = time.perf_counter()
+    config = config or HiMergeConfig()
+    names = _check_names(model, adapters, eval_fns, adapter_name)
+    config.check_names(names, list(eval_fns))
+    read = read_adapters(model, names)
+    common_base(read)
+    run = _Run(Combiner(read), _tasks(names, eval_fns, config), config, tuple(callbacks))
+    probe = Probe(model, run.combiner, config.strategy)
+    with preserved(model), probe:
+        engine = Engine(probe, run.tasks, run.emit, run.most_scores())
+        run.merge(engine)
+        parts = export.approximate(run.combiner, run.plan, config.rank)
+        probe.show(MergePlan.base())
+        rank = export.add_adapter(model, adapter_name, run.combiner, parts)
+        try:
+            run.score_export(engine, adapter_name)
+        except BaseException:
+            model.delete_adapter(adapter_name)
+            raise
+    result = _result(model, adapter_name, run, parts, rank, engine.done, start)
+    run.emit(MergeFinished(result.plan, result.scores))
+    return result
+
+
+def apply_plan(
+    model: PeftModel,
+    plan: MergePlan,
+    *,
+    adapter_name: str = "merged",
+    rank: int | float | str = "auto",
+) -> MergeResult:
+    """Rebuild the adapter a plan describes, without eval functions.
+
+    Args:
+        model: a PeftModel that holds the adapters the plan names, with the same weights.
+        plan: from `MergeResult.plan`, `MergePlan.from_json`, or made by hand.
+        adapter_name: name of the new adapter; must be free.
+        rank: see `HiMergeConfig.rank`.
+
+    Returns:
+        A `MergeResult` without contributions, conflicts and scores.
+
+    Raises:
+        ConfigError, AdapterError: as `merge_adapters_hi`.
+        PlanError: the plan was made for other adapters or other weights.
+    """
+    start = time.perf_counter()
+    config = HiMergeConfig(density=1.0, scale=1.0, rank=rank)
+    if not plan.adapters:
+        raise ConfigError("the plan merges no adapter: it is the base model's.")
+    names = _check_names(model, list(plan.adapters), None, adapter_name)
+    run = _Run(Combiner(read_adapters(model, names)), {}, config, ())
+    run.combiner.check(plan)
+    run.plan = plan
+    with preserved(model):
+        Probe(model, run.combiner)
+        parts = export.approximate(run.combiner, plan, config.rank)
+        new_rank = export.add_adapter(model, adapter_name, run.combiner, parts)
+    return _result(model, adapter_name, run, parts, new_rank, 0, start)
+
+
+def _result(
+    model: PeftModel,
+    adapter_name: str,
+    run: _Run,
+    parts: Mapping[str, LowRank],
+    rank: int,
+    scores: int,
+    start: float,
+) -> MergeResult:
+    return MergeResult(
+        adapter_name=adapter_name,
+        model=model,
+        plan=run.plan,
+        contributions=run.contributions,
+        conflicts=tuple(run.resolutions),
+        states=run.states,
+        search=tuple(run.trials),
+        modules=tuple(ModuleError(m, p.rank, p.error, p.norm) for m, p in parts.items()),
+        rank=rank,
+        scores_computed=scores,
+        seconds=time.perf_counter() - start,
+        _combiner=run.combiner,
+        _versions={name: a.version() for name, a in run.combiner.adapters.items()},
+    )
+
+
+def _check_names(
+    model: Any,
+    adapters: Sequence[str],
+    eval_fns: Mapping[str, EvalFn] | None,
+    adapter_name: str,
+) -> list[str]:
+    if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
+        raise ConfigError(f"adapters must be a list of adapter names, got {adapters!r}.")
+    names = list(adapters)
+    if not names:
+        raise ConfigError("adapters is empty: name the adapters to merge.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"adapters names {twice[0]!r} more than once.")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ConfigError(
+            f"adapter_name must be a non-empty name without dots, got {adapter_name!r}."
+        )
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        raise ConfigError(
+            f"the model has an adapter {adapter_name!r} already. Choose another adapter_name, or "
+            f"call model.delete_adapter({adapter_name!r}) first."
+        )
+    if eval_fns is None:
+        return names
+    if not isinstance(eval_fns, Mapping):
+        raise ConfigError(f"eval_fns must map adapter names to functions, got {eval_fns!r}.")
+    for name in names:
+        if name not in eval_fns:
+            hint = suggest(name, list(eval_fns))
+            raise ConfigError(
+                f"eval_fns has no function for adapter {name!r}: every adapter needs its task."
+                f"{hint} Without eval functions, build a plan with MergePlan.model_wise and use "
+                f"apply_plan."
+            )
+    for name, fn in eval_fns.items():
+        if not callable(fn):
+            raise ConfigError(f"eval_fns[{name!r}] must be callable, got {fn!r}.")
+    return names
+
+
+def _tasks(
+    names: Sequence[str], eval_fns: Mapping[str, EvalFn], config: HiMergeConfig
+) -> dict[str, Task]:
+    own = {n: Task(n, eval_fns[n], config.metric_of(n)) for n in sorted(names)}
+    guards = [n for n in eval_fns if n not in own]
+    return own | {n: Task(n, eval_fns[n], config.metric_of(n), guard=True) for n in guards}
+
+
+@dataclass
+class _Run:
+    """What one merge has found so far; the steps fill it from top to bottom."""
+
+    combiner: Combiner
+    tasks: dict[str, Task]
+    config: HiMergeConfig
+    listeners: tuple[Listener, ...]
+    plan: MergePlan = field(default_factory=MergePlan.base)
+    model_wise: MergePlan = field(default_factory=MergePlan.base)
+    trials: list[Trial] = field(default_factory=list)
+    contributions: Contributions = field(default_factory=Contributions)
+    resolutions: list[Resolution] = field(default_factory=list)
+    states: dict[str, dict[str, Score]] = field(default_factory=dict)
+
+    @property
+    def own(self) -> list[str]:
+        return [name for name, task in self.tasks.items() if not task.guard]
+
+    @property
+    def layers(self) -> list[str]:
+        return [layer.label for layer in self.combiner.layers]
+
+    def emit(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+    def most_scores(self) -> int:
+        """Return an upper bound on the scores the run will compute."""
+        own, tasks, layers = len(self.own), len(self.tasks), len(self.layers)
+        searched = own * budget(self.config)
+        if self.config.search_target == "merged":
+            searched *= tasks
+        states_ = tasks * (own + 4)  # base, alone, model-wise, merged, exported
+        analysed = 0 if own == 1 else own * 4 * layers
+        repaired = layers * own * 2 if self.config.reanalyze == "each" else 0
+        if self.config.accept == "no_regression" and own > 1:
+            repaired += layers * tasks
+        return searched + states_ + analysed + repaired
+
+    def merge(self, engine: Engine) -> None:
+        """Take every step up to the final plan (DESIGN 1.1 to 1.4)."""
+        edits = {name: self.config.model_wise_edit(name) for name in self.own}
+        self.plan = self.combiner.plan(edits, prune_scope=self.config.prune_scope)
+        self.emit(
+            MergeStarted(
+                tuple(self.own),
+                tuple(self.tasks),
+                tuple(self.layers),
+                engine.total,
+                self.plan.sources,
+            )
+        )
+        engine.stage = "states"
+        self.states["base"] = self._scores(engine, MergePlan.base())
+        if self.config.searches():
+            engine.stage = "search"
+            self._search(engine)
+        self.model_wise = self.plan
+        engine.stage = "states"
+        for name in self.own:
+            self.states[name] = self._scores(engine, self.plan.solo(name))
+        gains = self._gains()
+        self.states["model_wise"] = self._scores(engine, self.plan)
+        if len(self.own) > 1:
+            engine.stage = "analysis"
+            self._analyse(engine)
+            engine.stage = "repair"
+            self._repair(engine, gains)
+        engine.stage = "states"
+        self.states["merged"] = self._scores(engine, self.plan)
+
+    def _scores(self, engine: Engine, plan: MergePlan) -> dict[str, Score]:
+        found = engine.score_many([(task, plan) for task in self.tasks])
+        return dict(zip(self.tasks, found, strict=True))
+
+    def _search(self, engine: Engine) -> None:
+        """Choose each adapter's density and scale (DESIGN 1.1)."""
+        own_only = self.config.search_target == "own"
+        for name in self.own:
+
+            def value(edits: Sequence[Edit], name: str = name) -> list[float]:
+                densities = [edit.density for edit in edits]
+                self.combiner.prepare(name, densities, self.config.prune_scope)
+                plans = [self.plan.with_adapter(name, edit) for edit in edits]
+                if own_only:
+                    scored = engine.score_many([(name, plan.solo(name)) for plan in plans])
+                    return [score.value for score in scored]
+                return [_mean(self._scores(engine, plan)) for plan in plans]
+
+            trials = search_edit(name, self.config, value)
+            self.trials.extend(trials)
+            self.plan = self.plan.with_adapter(name, best(trials).edit)
+
+    def _gains(self) -> dict[str, float]:
+        gains = {
+            name: abs(self.states[name][name].value - self.states["base"][name].value)
+            for name in self.own
+        }
+        dead = [name for name, gain in gains.items() if gain == 0.0]
+        if self.config.normalize == "gain" and dead:
+            raise ConfigError(
+                f"normalize='gain' divides by what adapter {dead[0]!r} wins on its own task, "
+                f"which is 0. Use normalize='none', or check the adapter and its eval function."
+            )
+        return gains
+
+    def _analyse(self, engine: Engine) -> None:
+        """Measure every layer's contribution to every task (DESIGN 1.3)."""
+        engine.score_many(
+            [request for task in self.own for request in states(task, self.plan, self.layers)]
+        )
+        self.contributions = Contributions(
+            tuple(
+                measure(engine.score, task, layer, self.plan)
+                for layer in self.layers
+                for task in self.own
+            )
+        )
+        self.emit(ContributionsMeasured(self.contributions))
+
+    def _repair(self, engine: Engine, gains: Mapping[str, float]) -> None:
+        """Treat the layers, worst first (DESIGN 1.4)."""
+        found = [
+            conflicts.find(self.contributions.of(layer), self.config, gains)
+            for layer in self.layers
+        ]
+        for conflict in conflicts.rank(found):
+            if self.config.reanalyze == "each":
+                rows = [
+                    measure(engine.score, task, conflict.layer, self.model_wise, edited=self.plan)
+                    for task in self.own
+                ]
+                conflict = conflicts.find(rows, self.config, gains)
+            edits = conflicts.resolve(conflict, self.plan, self.config)
+            resolution = self._apply(engine, conflict, edits)
+            self.resolutions.append(resolution)
+            self.emit(LayerResolved(resolution, self.plan))
+
+    def _apply(
+        self, engine: Engine, conflict: conflicts.Conflict, edits: Mapping[str, Edit]
+    ) -> Resolution:
+        edited = self.plan
+        for name, edit in edits.items():
+            edited = edited.with_edit(conflict.layer, name, edit)
+        if edited.fingerprint == self.plan.fingerprint:
+            return Resolution(conflict, edits, accepted=bool(edits))
+        if self.config.accept == "always":
+            self.plan = edited
+            return Resolution(conflict, edits, accepted=True)
+        before, after = self._scores(engine, self.plan), self._scores(engine, edited)
+        accepted = _mean(after) >= _mean(before)
+        if accepted:
+            self.plan = edited
+        return Resolution(conflict, edits, accepted, _values(before), _values(after))
+
+    def score_export(self, engine: Engine, name: str) -> None:
+        """Score the exported adapter and refuse it if it lost too much (DESIGN 4.4)."""
+        engine.stage = "export"
+        found = {task: engine.score_adapter(task, name) for task in self.tasks}
+        self.states["exported"] = found
+        limit = self.config.max_export_drop
+        base, merged = _mean(self.states["base"]), _mean(self.states["merged"])
+        if limit is None or merged <= base:
+            return
+        drop = (merged - _mean(found)) / (merged - base)
+        if drop > limit:
+            raise ExportError(
+                f"the exported adapter loses {drop:.0%} of what the merge had won (mean score "
+                f"{merged:.4f} merged, {_mean(found):.4f} exported, {base:.4f} base); allowed: "
+                f"{limit:.0%} (max_export_drop). Nothing was added to the model. Use a higher "
+                f"rank: apply_plan(model, error.plan, rank=...), rank='exact' loses nothing.",
+                self.plan,
+            )
+
+
+def _mean(scores: Mapping[str, Score]) -> float:
+    return sum(score.value for score in scores.values()) / len(scores)
+
+
+def _values(scores: Mapping[str, Score]) -> dict[str, float]:
+    return {task: score.value for task, score in scores.items()}

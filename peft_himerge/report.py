@@ -1,0 +1,122 @@
+"""The story of a merge for readers: markdown, a model card, plain records. Pictures no state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .conflict import ConflictKind, Resolution
+
+__all__ = ["conflict_record", "describe_edit", "render_card", "render_markdown", "score_rows"]
+
+
+def describe_edit(resolution: Resolution) -> str:
+    """Return in a few words what was done about a conflict."""
+    conflict = resolution.conflict
+    if conflict.kind is ConflictKind.MUTUAL or not resolution.edits:
+        return "left alone"
+    if conflict.kind is ConflictKind.SEVERE:
+        text = f"kept only {conflict.winner}"
+    else:
+        text = ", ".join(
+            f"{name}: density {edit.density:g}, scale {edit.scale:g}"
+            for name, edit in resolution.edits.items()
+        )
+    return text if resolution.accepted else f"{text} (undone: the mean score fell)"
+
+
+def conflict_record(resolution: Resolution) -> dict[str, Any]:
+    """Return one layer's conflict and what was done about it as plain JSON values."""
+    conflict = resolution.conflict
+    return {
+        "layer": conflict.layer,
+        "kind": conflict.kind.value,
+        "Gamma": conflict.Gamma,
+        "gammas": dict(conflict.gammas),
+        "winner": conflict.winner,
+        "offenders": list(conflict.offenders),
+        "edits": {
+            name: {"density": e.density, "scale": e.scale} for name, e in resolution.edits.items()
+        },
+        "done": describe_edit(resolution),
+        "accepted": resolution.accepted,
+        "before": dict(resolution.before),
+        "after": dict(resolution.after),
+    }
+
+
+def score_rows(
+    scores: Mapping[str, Mapping[str, float]],
+    errors: Mapping[str, Mapping[str, float | None]],
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the score table: one state a row, one task a column, the mean."""
+    tasks = list(next(iter(scores.values()), {}))
+    rows = []
+    for state, row in scores.items():
+        cells = []
+        for task in tasks:
+            se = errors.get(state, {}).get(task)
+            cells.append(f"{row[task]:.3f}" + (f" ± {se:.3f}" if se is not None else ""))
+        mean = sum(row[task] for task in tasks) / len(tasks) if tasks else 0.0
+        rows.append([state, *cells, f"{mean:.3f}"])
+    return ["state", *tasks, "mean"], rows
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    return "\n".join([line(header), line(["---"] * len(header)), *(line(r) for r in rows)])
+
+
+def render_markdown(facts: Mapping[str, Any]) -> str:
+    """Return report.md for the facts of `MergeResult.to_dict`."""
+    plan = facts["plan"]
+    parts = [f"# Merge report: {facts['adapter_name']}"]
+    if facts["scores"]:
+        parts += ["## Scores", _table(*score_rows(facts["scores"], facts["standard_errors"]))]
+    edits = [[name, f"{e['density']:g}", f"{e['scale']:g}"] for name, e in plan["adapters"].items()]
+    parts += ["## Model-wise step", _table(["adapter", "density", "scale"], edits)]
+    if facts["conflicts"]:
+        rows = [
+            [c["layer"], c["kind"], f"{c['Gamma']:+.4f}", c["done"]] for c in facts["conflicts"]
+        ]
+        parts += ["## Layers, worst first", _table(["layer", "kind", "Gamma", "done"], rows)]
+    if facts["contributions"]:
+        keys = ("alpha_alone", "beta_alone", "alpha_merged", "beta_merged", "gamma")
+        rows = []
+        for row in facts["contributions"]:
+            se = row["gamma_se"]
+            cells = [f"{row[key]:+.4f}" for key in keys]
+            cells[-1] += f" ± {se:.4f}" if se is not None else ""
+            rows.append([row["layer"], row["task"], *cells])
+        parts += ["## Contributions", _table(["layer", "task", *keys], rows)]
+    export, cost = facts["export"], facts["cost"]
+    parts += [
+        "## Export and cost",
+        f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}. "
+        f"{cost['scores']} scores, {cost['seconds']:.1f} s. Plan fingerprint "
+        f"`{plan['fingerprint'][:16]}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_card(facts: Mapping[str, Any], base: str | None) -> str:
+    """Return the model card of the merged adapter, with its metadata block."""
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft",
+        tags=["peft", "lora", "merge", "hi-merging"],
+    )
+    sources = "\n".join(
+        f"- `{name}`, digest `{digest[:16]}`" for name, digest in facts["plan"]["sources"].items()
+    )
+    intro = (
+        f"# {facts['adapter_name']}\n\nA LoRA adapter merged from\n\n{sources}\n\nby Hi-Merging "
+        f"([arXiv 2506.12379](https://arxiv.org/abs/2506.12379)) with `peft_himerge`, without "
+        f"training or training data. `plan.json` holds every decision and rebuilds it."
+    )
+    story = render_markdown(facts).split("\n", 1)[1]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{intro}\n{story}"))

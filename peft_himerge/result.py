@@ -1,0 +1,189 @@
+"""What the user gets back from a merge."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor
+
+from . import export, report
+from .combine import Combiner
+from .conflict import Resolution
+from .contribution import Contributions
+from .errors import AdapterError, suggest
+from .plan import MergePlan
+from .scoring import Score
+from .search import Trial
+
+__all__ = ["MergeResult", "ModuleError"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleError:
+    """How well one module's exported delta follows the exact one.
+
+    Attributes:
+        module: module path.
+        rank: rank that carries values (the file is padded to one rank for all modules).
+        error: relative Frobenius error of the exported delta.
+        norm: Frobenius norm of the exact delta.
+    """
+
+    module: str
+    rank: int
+    error: float
+    norm: float
+
+
+@dataclass(frozen=True, eq=False)
+class MergeResult:
+    """A finished merge: the decision, what it rests on, and the merged adapter in the model.
+
+    Attributes:
+        adapter_name: name of the merged adapter in `model`.
+        model: the model the adapter was added to.
+        plan: the decision; replay it with `apply_plan`.
+        contributions: one record per (layer, task); empty after `apply_plan`.
+        conflicts: one record per layer, in the order they were treated; empty after `apply_plan`.
+        states: state name ("base", each adapter, "model_wise", "merged", "exported") -> task ->
+            `Score`.
+        search: every density and scale that was tried.
+        modules: per-module export error.
+        rank: the exported adapter's rank.
+        scores_computed: number of calls of eval functions.
+        seconds: wall time of the whole call.
+    """
+
+    adapter_name: str
+    model: PeftModel
+    plan: MergePlan
+    contributions: Contributions
+    conflicts: tuple[Resolution, ...]
+    states: Mapping[str, Mapping[str, Score]]
+    search: tuple[Trial, ...]
+    modules: tuple[ModuleError, ...]
+    rank: int
+    scores_computed: int
+    seconds: float
+    _combiner: Combiner = field(repr=False)
+    _versions: Mapping[str, int] = field(repr=False)
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """State -> task -> score."""
+        return {s: {t: x.value for t, x in row.items()} for s, row in self.states.items()}
+
+    @property
+    def standard_errors(self) -> dict[str, dict[str, float | None]]:
+        """State -> task -> standard error of the score; None without per-example scores."""
+        return {s: {t: x.se for t, x in row.items()} for s, row in self.states.items()}
+
+    @property
+    def export_error(self) -> float:
+        """Relative Frobenius error of the exported adapter over all modules together."""
+        total = sum(m.norm**2 for m in self.modules)
+        lost = sum((m.error * m.norm) ** 2 for m in self.modules)
+        return (lost / total) ** 0.5 if total else 0.0
+
+    def delta(self, module: str) -> Tensor:
+        """Return the exact merged delta of one module, (out, in), materialised now.
+
+        Raises:
+            AdapterError: no adapter changes that module, or a source adapter's weights have
+                changed since the merge, so that its delta is no longer the one that was merged.
+        """
+        combiner = self._unchanged()
+        if module not in combiner.modules:
+            raise AdapterError(f"no module {module!r}.{suggest(module, combiner.modules)}")
+        return combiner.delta(module, combiner.terms(self.plan, module))
+
+    def _unchanged(self) -> Combiner:
+        for name, adapter in self._combiner.adapters.items():
+            if adapter.version() != self._versions[name]:
+                raise AdapterError(
+                    f"the weights of adapter {name!r} changed since the merge (training went "
+                    f"on?). Merge again, or keep a copy of the adapter."
+                )
+        return self._combiner
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the merged adapter in PEFT's layout, plan.json, report.json, report.md, README.md.
+
+        Args:
+            folder: created if it is not there; files of these names are replaced.
+
+        Returns:
+            The folder. Load it with ``PeftModel.from_pretrained(base, folder)``.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        export.write_text(target / "plan.json", self.plan.to_json())
+        facts = self.to_dict()
+        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+        export.write_text(target / "report.json", text + "\n")
+        export.write_text(target / "report.md", report.render_markdown(facts))
+        base = self.model.peft_config[self.adapter_name].base_model_name_or_path
+        export.write_text(target / "README.md", report.render_card(facts, base))
+        return export.save_adapter(self.model, self.adapter_name, target)
+
+    def save_merged(self, base: str | Path, folder: str | Path) -> Path:
+        """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
+
+        Nothing is approximated here, so a pruned merge scores as `scores["merged"]`.
+        """
+        return export.save_checkpoint(base, self._unchanged(), self.plan, folder)
+
+    def merge_into_model(self) -> None:
+        """Add the exact merged delta to the live model's base weights, for good.
+
+        The adapters stay in the model: call ``model.unload()`` to get the plain merged model.
+        """
+        export.merge_in_place(self.model, self._unchanged(), self.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole story as plain JSON values; the content of report.json."""
+        return {
+            "format": "peft_himerge.report/1",
+            "adapter_name": self.adapter_name,
+            "plan": self.plan.to_dict(),
+            "scores": self.scores,
+            "standard_errors": self.standard_errors,
+            "metrics": {
+                s: {t: dict(x.metrics) for t, x in row.items()} for s, row in self.states.items()
+            },
+            "contributions": self.contributions.to_records(),
+            "conflicts": [report.conflict_record(r) for r in self.conflicts],
+            "search": [
+                {
+                    "adapter": t.adapter,
+                    "density": t.edit.density,
+                    "scale": t.edit.scale,
+                    "value": t.value,
+                }
+                for t in self.search
+            ],
+            "export": {
+                "rank": self.rank,
+                "relative_error": self.export_error,
+                "modules": [
+                    {"module": m.module, "rank": m.rank, "relative_error": m.error}
+                    for m in self.modules
+                ],
+            },
+            "cost": {"scores": self.scores_computed, "seconds": self.seconds},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": peft.__version__,
+            },
+        }
