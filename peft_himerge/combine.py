@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import PlanError, suggest
 from .factors import Adapter, Kind, LoraFactors, as_matrix, working_dtype
-from .layers import LayerGroup, group_modules, layer_of
+from .layers import OUTSIDE, LayerGroup, group_modules, layer_of
 from .plan import DROP, Edit, MergePlan
 from .select import prune_, thresholds
 
@@ -54,6 +54,13 @@ class Combiner:
     def modules(self) -> tuple[str, ...]:
         """Every module that some adapter changes, layer by layer."""
         return tuple(m for layer in self.layers for m in layer.modules)
+
+    def in_order(self) -> tuple[LayerGroup, ...]:
+        """Return the layers in the order they are run: `outside` first if it has embeddings."""
+        last = self.layers[-1]
+        if last.label == OUTSIDE and any(self.kind(m) == "embedding" for m in last.modules):
+            return (last, *self.layers[:-1])
+        return self.layers
 
     def table(self) -> dict[str, tuple[str, ...]]:
         """Return layer label -> the adapters that have modules in that layer."""

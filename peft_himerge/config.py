@@ -51,6 +51,8 @@ class HiMergeConfig(BaseModel):
             measured by scoring the exported adapter; None never refuses.
         strategy: how a state is put into the model: "fold" swaps weights, "lazy" adds the delta
             inside forward, "auto" picks by memory and layer type.
+        prefix_cache_gb: memory, in units of 1e9 bytes, for hidden states that are shared between
+            scores; what does not fit is computed again. 0 runs every score in full.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,7 @@ class HiMergeConfig(BaseModel):
     rank: int | float | Literal["auto", "exact"] = "auto"
     max_export_drop: Annotated[float, Field(ge=0.0)] | None = 0.1
     strategy: Literal["auto", "fold", "lazy"] = "auto"
+    prefix_cache_gb: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 2.0
 
     def __init__(self, **options: Any) -> None:
         unknown = [key for key in options if key not in type(self).model_fields]

@@ -134,6 +134,6 @@ def measure(
         "c_merged": difference(*c_merged),
         "gamma": difference(c_alone[0] + c_merged[1], c_alone[1] + c_merged[0]),
     }
-    values = {name: d.value for name, d in found.items()}
-    errors = {f"{name}_se": d.se for name, d in found.items()}
-    return Contribution(layer, task, **values, **errors)
+    fields: dict[str, Any] = {name: d.value for name, d in found.items()}
+    fields |= {f"{name}_se": d.se for name, d in found.items()}
+    return Contribution(layer, task, **fields)

@@ -48,21 +48,27 @@ class Engine:
     def score_many(self, requests: Sequence[Request]) -> list[Score]:
         """Return the scores of all requests, in their order.
 
-        States asked for by several tasks are put in place once, in the order given, so neighbours
-        that differ in few layers cost few swaps.
+        Task by task, the states are taken depth first through the prefix tree over layers, so
+        neighbours share as many layers as they can: what they share is neither put in place nor
+        run again.
         """
-        by_state: dict[str, tuple[MergePlan, list[str]]] = {}
-        keys = []
-        for task, plan in requests:
-            key = (task, plan.fingerprint)
-            keys.append(key)
-            names = by_state.setdefault(key[1], (plan, []))[1]
-            if key not in self._known and task not in names:
-                names.append(task)
-        for fingerprint, (plan, names) in by_state.items():
-            for task in names:
-                self._known[task, fingerprint] = self._compute(task, plan)
+        keys = [(task, plan.fingerprint) for task, plan in requests]
+        missing: dict[str, dict[str, MergePlan]] = {}
+        for (task, plan), key in zip(requests, keys, strict=True):
+            if key not in self._known:
+                missing.setdefault(task, {})[key[1]] = plan
+        for task, plans in missing.items():
+            for fingerprint in sorted(plans, key=lambda f: self._path(plans[f])):
+                self._known[task, fingerprint] = self._compute(task, plans[fingerprint])
         return [self._known[key] for key in keys]
+
+    def _path(self, plan: MergePlan) -> tuple[str, ...]:
+        """Return the plan's path in the prefix tree: the state of every layer, first to last."""
+        combiner = self._probe.combiner
+        return tuple(
+            repr([combiner.terms(plan, module) for module in layer.modules])
+            for layer in combiner.in_order()
+        )
 
     def score_adapter(self, task: str, name: str) -> Score:
         """Return the score of an adapter that is in the model, through PEFT's own forward."""

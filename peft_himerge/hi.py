@@ -83,7 +83,8 @@ def merge_adapters_hi(
     read = read_adapters(model, names)
     common_base(read)
     run = _Run(Combiner(read), _tasks(names, eval_fns, config), config, tuple(callbacks))
-    probe = Probe(model, run.combiner, config.strategy)
+    cache_bytes = int(config.prefix_cache_gb * 1e9)
+    probe = Probe(model, run.combiner, config.strategy, cache_bytes)
     with preserved(model), probe:
         engine = Engine(probe, run.tasks, run.emit, run.most_scores())
         run.merge(engine)

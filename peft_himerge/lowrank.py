@@ -155,13 +155,13 @@ def _range(delta: Tensor, start: Tensor, width: int, generator: torch.Generator)
     noise = torch.randn(
         delta.shape[1], extra, generator=generator, dtype=delta.dtype, device=delta.device
     )
-    q = torch.linalg.qr(delta @ torch.cat([start[:, :width], noise], dim=1)).Q
+    basis: Tensor = torch.linalg.qr(delta @ torch.cat([start[:, :width], noise], dim=1)).Q
     captured = 0.0
     for _ in range(_MAX_ITERATIONS):
-        back = torch.linalg.qr((q.t() @ delta).t())
+        back = torch.linalg.qr((basis.t() @ delta).t())
         found = float(back.R.double().square().sum())
         if found <= captured * (1.0 + _CONVERGED) or not math.isfinite(found):
             break
         captured = found
-        q = torch.linalg.qr(delta @ back.Q).Q
-    return q
+        basis = torch.linalg.qr(delta @ back.Q).Q
+    return basis

@@ -13,7 +13,7 @@ elements):
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,6 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .adapters import lora_layers, plain_weight
+from .blocks import BlockMemo, find_blocks
 from .combine import Combiner, Term, add_to_weight
 from .errors import AdapterError, EvalError, HiMergeError
 from .factors import as_matrix
@@ -80,7 +81,7 @@ class _Snapshot:
                 attributes.append((module, "gradient_checkpointing", flag))
         inner = model.base_model.model
         for owner in (getattr(inner, "config", None), getattr(inner, "generation_config", None)):
-            if hasattr(owner, "use_cache"):
+            if owner is not None and hasattr(owner, "use_cache"):
                 attributes.append((owner, "use_cache", owner.use_cache))
         return cls(
             _rng_state(),
@@ -123,9 +124,17 @@ class Probe:
         combiner: makes the deltas.
         strategy: "fold", "lazy", or "auto": fold if every affected weight is an ordinary one and a
             second copy of them fits into half of the free memory.
+        cache_bytes: memory for sharing blocks between scores (`blocks.BlockMemo`); 0 runs every
+            score in full.
     """
 
-    def __init__(self, model: PeftModel, combiner: Combiner, strategy: Strategy = "auto") -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        combiner: Combiner,
+        strategy: Strategy = "auto",
+        cache_bytes: int = 0,
+    ) -> None:
         self.model = model
         self.combiner = combiner
         layers = lora_layers(model)
@@ -137,6 +146,22 @@ class Probe:
         self._hooks: dict[str, list[Any]] = {}
         self._adapter: str | None = None
         self._snapshot: _Snapshot | None = None
+        inner = model.base_model.model
+        blocks = find_blocks(inner, [g.label for g in combiner.layers]) if cache_bytes else {}
+        self.blocks = BlockMemo(inner, blocks, cache_bytes)
+        self._owners = self._find_owners(blocks)
+
+    def _find_owners(self, blocks: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+        """Return label -> the adapted modules inside that block, shared ones included."""
+        names = {id(base): module for module, base in self._bases.items()}
+        return {
+            label: tuple(names[id(m)] for m in block.modules() if id(m) in names)
+            for label, block in blocks.items()
+        }
+
+    def _block_state(self, label: str) -> object:
+        """Return a value that is equal exactly if the block's weights are."""
+        return self._adapter, tuple(self._shown[module] for module in self._owners[label])
 
     def _check_shapes(self) -> None:
         for module, base in self._bases.items():
@@ -181,6 +206,7 @@ class Probe:
     def __enter__(self) -> Probe:
         self._snapshot = _Snapshot.take(self.model)
         self._settle()
+        self.blocks.__enter__()
         return self
 
     def __exit__(
@@ -193,6 +219,7 @@ class Probe:
             for module in self.combiner.modules:
                 self._clear(module)
         finally:
+            self.blocks.__exit__()
             assert self._snapshot is not None
             self._snapshot.restore()
             self._snapshot = None
@@ -303,7 +330,7 @@ class Probe:
         self._settle()
         _set_rng_state(self._snapshot.rng)
         before = self._versions()
-        with torch.no_grad():
+        with torch.no_grad(), self.blocks.scoring(task.name, self._block_state):
             try:
                 raw = task.fn(self.model)
             except HiMergeError:
