@@ -100,14 +100,16 @@ def _read(name: str, config: Any, layers: Mapping[str, LoraLayer]) -> Adapter:
     }
     if not factors:
         raise AdapterError(f"adapter {name!r} changes no module of the model.")
-    if not any(torch.count_nonzero(f.b) for f in factors.values()):
+    settings = {"task_type": config.task_type, "revision": config.revision}
+    base = config.base_model_name_or_path
+    adapter = Adapter(name, MappingProxyType(factors), base, settings)
+    if adapter.is_zero:
         warnings.warn(
-            f"adapter {name!r} is all zeros (every B is 0): it was never trained, or its weights "
-            f"did not load.",
+            f"adapter {name!r} changes nothing (its delta is 0 everywhere): it was never trained, "
+            f"or its weights did not load.",
             stacklevel=2,
         )
-    settings = {"task_type": config.task_type, "revision": config.revision}
-    return Adapter(name, MappingProxyType(factors), config.base_model_name_or_path, settings)
+    return adapter
 
 
 def _read_layer(name: str, module: str, layer: LoraLayer) -> LoraFactors:

@@ -41,7 +41,7 @@ class HiMergeConfig(BaseModel):
             itself (default), or the "degraded", which loses.
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
             for tasks with unlike metrics.
-        tolerance: a gamma of at most this magnitude counts as 0: a number, or in its own standard
+        tolerance: a gamma of less than this magnitude counts as 0: a number, or in its own standard
             errors, as "2se" (needs eval functions that return per-example scores).
         metric: which entry of a dict of metrics is the score: one name, or one per task.
         rank: rank of the exported adapter: a number; a share of the delta's energy (squared
@@ -148,7 +148,7 @@ class HiMergeConfig(BaseModel):
         return Edit(pick(self.density), pick(self.scale))
 
     def tolerance_of(self, gamma_se: float | None) -> float:
-        """Return the magnitude up to which a gamma with this standard error counts as 0."""
+        """Return the magnitude below which a gamma with this standard error counts as 0."""
         if isinstance(self.tolerance, str):
             found = _SE.match(self.tolerance)
             assert found is not None

@@ -15,7 +15,7 @@ round ("degraded"). Floats and strings only: this room knows no tensor and no mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -43,7 +43,7 @@ class Conflict:
         kind: see `ConflictKind`.
         Gamma: sum of `gammas`; layers are treated in descending order of it.
         gammas: task -> gamma, divided by the task's gain if config.normalize is "gain", and 0
-            where its magnitude is within the tolerance.
+            where its magnitude is below the tolerance.
         winner: severe: the adapter whose delta stays. None otherwise.
         offenders: partial: the adapters whose delta is pruned and scaled again. () otherwise.
     """
@@ -76,7 +76,10 @@ class Resolution:
 
 
 def find(
-    rows: Sequence[Contribution], config: HiMergeConfig, gains: Mapping[str, float]
+    rows: Sequence[Contribution],
+    config: HiMergeConfig,
+    gains: Mapping[str, float],
+    holders: Collection[str],
 ) -> Conflict:
     """Judge one layer by its contributions, one row per task.
 
@@ -84,12 +87,15 @@ def find(
         rows: the rows of one layer, one per adapter's task.
         config: tolerance, normalize and partial_target are read.
         gains: task -> |E(alone) - E(base)|; read if config.normalize is "gain".
+        holders: the adapters that have a delta in this layer. The others' tasks are heard, since
+            merging can hurt them here too, but they have nothing to keep or to prune.
     """
     unit = {row.task: gains[row.task] if config.normalize == "gain" else 1.0 for row in rows}
     gammas = {}
     for row in sorted(rows, key=lambda row: row.task):
-        near_zero = abs(row.gamma) <= config.tolerance_of(row.gamma_se)
-        gammas[row.task] = 0.0 if near_zero else row.gamma / unit[row.task]
+        gamma = row.gamma / unit[row.task]
+        se = None if row.gamma_se is None else row.gamma_se / unit[row.task]
+        gammas[row.task] = 0.0 if abs(gamma) < config.tolerance_of(se) else gamma
     losers = [task for task, gamma in gammas.items() if gamma > 0.0]
     others = [task for task in gammas if task not in losers]
     layer, Gamma = rows[0].layer, math.fsum(gammas.values())
@@ -97,10 +103,12 @@ def find(
         return Conflict(layer, ConflictKind.MUTUAL, Gamma, gammas)
     if not others:
         # Ties go to the first name, so the choice does not depend on the order of adapters.
-        best = min(rows, key=lambda row: (-row.c_alone / unit[row.task], row.task))
+        held = [row for row in rows if row.task in holders]
+        best = min(held, key=lambda row: (-row.c_alone / unit[row.task], row.task))
         return Conflict(layer, ConflictKind.SEVERE, Gamma, gammas, winner=best.task)
     offenders = others if config.partial_target == "degrader" else losers
-    return Conflict(layer, ConflictKind.PARTIAL, Gamma, gammas, offenders=tuple(offenders))
+    held_by = tuple(name for name in offenders if name in holders)
+    return Conflict(layer, ConflictKind.PARTIAL, Gamma, gammas, offenders=held_by)
 
 
 def rank(conflicts: Sequence[Conflict]) -> tuple[Conflict, ...]:

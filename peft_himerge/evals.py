@@ -203,7 +203,7 @@ def _last_logits(
     model: nn.Module, sequences: Sequence[Sequence[int]], keep: int, pad: int
 ) -> Tensor:
     """Logits at the last `keep` positions of left-padded sequences, (batch, keep, vocabulary)."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = _input_device(model)
     width = max(keep, max(len(ids) for ids in sequences))
     input_ids = torch.full((len(sequences), width), pad)
     mask = torch.zeros_like(input_ids)
@@ -226,7 +226,13 @@ def _last_logits(
     return logits[:, -keep:]
 
 
-def _accepted_arguments(model: nn.Module) -> frozenset[str]:
+def _input_device(model: Any) -> torch.device:
+    """Where the token ids go; a sharded model's embedding may be away from its other parts."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _accepted_arguments(model: Any) -> frozenset[str]:
     """Names of the arguments of the innermost model's forward (PEFT's wrapper hides them)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return frozenset(inspect.signature(inner.forward).parameters)

@@ -123,6 +123,14 @@ class Adapter:
         """The largest rank of any module."""
         return max(f.rank for f in self.factors.values())
 
+    @property
+    def is_zero(self) -> bool:
+        """True if no module's delta can differ from zero."""
+        return not any(
+            bool(torch.count_nonzero(f.a)) and bool(torch.count_nonzero(f.b))
+            for f in self.factors.values()
+        )
+
     def version(self) -> int:
         """Return a number that changes when a live factor is written to in place."""
         return sum(f.a._version + f.b._version for f in self.factors.values())

@@ -26,8 +26,9 @@ from .events import (
     MergeFinished,
     MergeStarted,
 )
+from .factors import Adapter
 from .lowrank import LowRank
-from .plan import Edit, MergePlan
+from .plan import DROP, Edit, MergePlan
 from .probe import Probe, preserved
 from .result import MergeResult, ModuleError
 from .scoring import EvalFn, Score, Task
@@ -82,7 +83,7 @@ def merge_adapters_hi(
     config.check_names(names, list(eval_fns))
     read = read_adapters(model, names)
     common_base(read)
-    run = _Run(Combiner(read), _tasks(names, eval_fns, config), config, tuple(callbacks))
+    run = _Run(Combiner(read), _tasks(read, eval_fns, config), config, tuple(callbacks))
     cache_bytes = int(config.prefix_cache_gb * 1e9)
     probe = Probe(model, run.combiner, config.strategy, cache_bytes)
     with preserved(model), probe:
@@ -206,11 +207,15 @@ def _check_names(
 
 
 def _tasks(
-    names: Sequence[str], eval_fns: Mapping[str, EvalFn], config: HiMergeConfig
+    adapters: Sequence[Adapter], eval_fns: Mapping[str, EvalFn], config: HiMergeConfig
 ) -> dict[str, Task]:
-    own = {n: Task(n, eval_fns[n], config.metric_of(n)) for n in sorted(names)}
-    guards = [n for n in eval_fns if n not in own]
-    return own | {n: Task(n, eval_fns[n], config.metric_of(n), guard=True) for n in guards}
+    """Return the adapters' own tasks by name, then the guard tasks in the user's order.
+
+    An adapter whose delta is zero everywhere has nothing to merge; its task is a guard.
+    """
+    own = sorted(adapter.name for adapter in adapters if not adapter.is_zero)
+    order = own + [name for name in eval_fns if name not in own]
+    return {n: Task(n, eval_fns[n], config.metric_of(n), guard=n not in own) for n in order}
 
 
 @dataclass
@@ -247,7 +252,7 @@ class _Run:
         if self.config.search_target == "merged":
             searched *= tasks
         states_ = tasks * (own + 4)  # base, alone, model-wise, merged, exported
-        analysed = 0 if own == 1 else own * 4 * layers
+        analysed = 0 if own < 2 else own * 4 * layers
         repaired = layers * own * 2 if self.config.reanalyze == "each" else 0
         if self.config.accept == "no_regression" and own > 1:
             repaired += layers * tasks
@@ -255,11 +260,14 @@ class _Run:
 
     def merge(self, engine: Engine) -> None:
         """Take every step up to the final plan (DESIGN 1.1 to 1.4)."""
-        edits = {name: self.config.model_wise_edit(name) for name in self.own}
+        edits = {
+            name: self.config.model_wise_edit(name) if name in self.own else DROP
+            for name in self.combiner.adapters
+        }
         self.plan = self.combiner.plan(edits, prune_scope=self.config.prune_scope)
         self.emit(
             MergeStarted(
-                tuple(self.own),
+                tuple(self.combiner.adapters),
                 tuple(self.tasks),
                 tuple(self.layers),
                 engine.total,
@@ -273,7 +281,7 @@ class _Run:
             self._search(engine)
         self.model_wise = self.plan
         engine.stage = "states"
-        for name in self.own:
+        for name in self.combiner.adapters:
             self.states[name] = self._scores(engine, self.plan.solo(name))
         gains = self._gains()
         self.states["model_wise"] = self._scores(engine, self.plan)
@@ -337,7 +345,7 @@ class _Run:
     def _repair(self, engine: Engine, gains: Mapping[str, float]) -> None:
         """Treat the layers, worst first (DESIGN 1.4)."""
         found = [
-            conflicts.find(self.contributions.of(layer), self.config, gains)
+            conflicts.find(self.contributions.of(layer), self.config, gains, self.plan.edits[layer])
             for layer in self.layers
         ]
         for conflict in conflicts.rank(found):
@@ -346,7 +354,8 @@ class _Run:
                     measure(engine.score, task, conflict.layer, self.model_wise, edited=self.plan)
                     for task in self.own
                 ]
-                conflict = conflicts.find(rows, self.config, gains)
+                holders = self.plan.edits[conflict.layer]
+                conflict = conflicts.find(rows, self.config, gains, holders)
             edits = conflicts.resolve(conflict, self.plan, self.config)
             resolution = self._apply(engine, conflict, edits)
             self.resolutions.append(resolution)

@@ -318,10 +318,18 @@ def offending(gammas: Mapping[str, float], partial_target: str = "degrader") -> 
     raise ValueError(partial_target)
 
 
-def severe_winner(records: Mapping[tuple[str, str], Contribution], layer: str) -> str:
-    """Return the adapter with the largest c alone in this layer, the first by name if equal."""
-    mine = [c for (at, _), c in records.items() if at == layer]
-    return min(mine, key=lambda c: (-c.c_alone, c.task)).task
+def severe_winner(
+    records: Mapping[tuple[str, str], Contribution],
+    layer: str,
+    pruned: Mapping[str, Deltas],
+    gains: Mapping[str, float],
+) -> str:
+    """Return the adapter with the largest c alone in this layer, the first by name if equal.
+
+    Only adapters that have a delta there can be kept; c is in units of the task's gain.
+    """
+    mine = [c for (at, task), c in records.items() if at == layer and only(pruned[task], layer)]
+    return min(mine, key=lambda c: (-c.c_alone / gains[c.task], c.task)).task
 
 
 def prune_layer_again(state: Deltas, layer: str, p: float, s: float) -> Deltas:
@@ -361,6 +369,12 @@ def eliminate(
     """
     order = sorted(layers(model, pruned), key=lambda layer: -total_gamma(records, layer))  # stable
     current: Table = {name: dict(one) for name, one in pruned.items()}
+    gains = {
+        name: 1.0
+        if normalize == "none"
+        else abs(float((score(model, fns[name], one) - score(model, fns[name], {})).mean()))
+        for name, one in pruned.items()
+    }
     done = {}
     for layer in order:
         now = {key: c for key, c in records.items() if key[0] == layer}
@@ -377,7 +391,7 @@ def eliminate(
         kind = kind_of(gammas.values())
         kept, again, edited = None, (), current
         if kind == "severe":
-            kept = severe_winner(now, layer)
+            kept = severe_winner(now, layer, pruned, gains)
             edited = {
                 name: one if name == kept else without(one, layer) for name, one in current.items()
             }

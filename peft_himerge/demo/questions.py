@@ -93,7 +93,7 @@ def territories() -> Mapping[str, tuple[str, ...]]:
 
 
 def _language_rows(split: str) -> tuple[MultipleChoiceRow, ...]:
-    rows = []
+    rows: list[MultipleChoiceRow] = []
     for code in territories()[split]:
         names = {tag: _name(code, tag) for tag in _LANGUAGES}
         counts = Counter(name.casefold() for name in names.values())
@@ -122,7 +122,7 @@ def _language_row(code: str, tag: str, name: str) -> MultipleChoiceRow:
 
 
 def _continent_rows(split: str) -> tuple[MultipleChoiceRow, ...]:
-    rows = []
+    rows: list[MultipleChoiceRow] = []
     for code in territories()[split]:
         continent = _continent(code)
         if continent is None:
