@@ -88,7 +88,7 @@ def demo(
     """Merge an English and a Chinese adapter of Gemma-3-270M and show what was won."""
     from .demo.run import run
 
-    run(base=base, train=train, out=out, rows=rows, test_rows=test_rows)
+    run(base=base, train_again=train, out=out, rows=rows, test_rows=test_rows)
 
 
 def print_scores(console: Console, result: MergeResult) -> None:

@@ -34,7 +34,7 @@ from .result import MergeResult, ModuleError
 from .scoring import EvalFn, Score, Task
 from .search import Trial, best, budget, search_edit
 
-__all__ = ["apply_plan", "merge_adapters_hi"]
+__all__ = ["apply_plan", "merge_adapters_hi", "score_plans"]
 
 
 def merge_adapters_hi(
@@ -139,6 +139,48 @@ def apply_plan(
     return _result(model, adapter_name, run, parts, new_rank, 0, start)
 
 
+def score_plans(
+    model: PeftModel,
+    adapters: Sequence[str],
+    plans: Mapping[str, MergePlan],
+    eval_fns: Mapping[str, EvalFn],
+    *,
+    config: HiMergeConfig | None = None,
+    callbacks: Sequence[Listener] = (),
+) -> dict[str, dict[str, Score]]:
+    """Score several plans, each on every task, and leave the model as it was.
+
+    Args:
+        model: a PeftModel that holds the adapters.
+        adapters: names of all adapters that the plans merge.
+        plans: any name -> plan.
+        eval_fns: task -> function of the model; tasks need not be adapters here.
+        config: metric, strategy and prefix_cache_gb are read.
+        callbacks: called with a `StateScored` per score.
+
+    Returns:
+        plan name -> task -> `Score`.
+
+    Raises:
+        ConfigError, AdapterError, PlanError: nothing was touched.
+        EvalError: an eval function returned no score; the model was put back.
+    """
+    config = config or HiMergeConfig()
+    names = _check_names(model, adapters, None, None)
+    config.check_names(names, list(eval_fns))
+    combiner = Combiner(read_adapters(model, names))
+    for plan in plans.values():
+        combiner.check(plan)
+    tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}
+    run = _Run(combiner, tasks, config, tuple(callbacks))
+    probe = Probe(model, combiner, config.strategy, int(config.prefix_cache_gb * 1e9))
+    with preserved(model), probe:
+        engine = Engine(probe, tasks, run.emit, len(plans) * len(tasks))
+        requests = [(task, plan) for plan in plans.values() for task in tasks]
+        scores = iter(engine.score_many(requests))
+        return {name: {task: next(scores) for task in tasks} for name in plans}
+
+
 def _result(
     model: PeftModel,
     adapter_name: str,
@@ -169,7 +211,7 @@ def _check_names(
     model: Any,
     adapters: Sequence[str],
     eval_fns: Mapping[str, EvalFn] | None,
-    adapter_name: str,
+    adapter_name: str | None,
 ) -> list[str]:
     if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
         raise ConfigError(f"adapters must be a list of adapter names, got {adapters!r}.")
@@ -179,15 +221,8 @@ def _check_names(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"adapters names {twice[0]!r} more than once.")
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ConfigError(
-            f"adapter_name must be a non-empty name without dots, got {adapter_name!r}."
-        )
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise ConfigError(
-            f"the model has an adapter {adapter_name!r} already. Choose another adapter_name, or "
-            f"call model.delete_adapter({adapter_name!r}) first."
-        )
+    if adapter_name is not None:
+        _check_free(model, adapter_name)
     if eval_fns is None:
         return names
     if not isinstance(eval_fns, Mapping):
@@ -204,6 +239,18 @@ def _check_names(
         if not callable(fn):
             raise ConfigError(f"eval_fns[{name!r}] must be callable, got {fn!r}.")
     return names
+
+
+def _check_free(model: Any, adapter_name: str) -> None:
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ConfigError(
+            f"adapter_name must be a non-empty name without dots, got {adapter_name!r}."
+        )
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        raise ConfigError(
+            f"the model has an adapter {adapter_name!r} already. Choose another adapter_name, or "
+            f"call model.delete_adapter({adapter_name!r}) first."
+        )
 
 
 def _tasks(
