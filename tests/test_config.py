@@ -1,0 +1,158 @@
+"""Options: what is allowed, and what the refusal says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from peft_himerge import Edit, HiMergeConfig, HiMergeError
+from peft_himerge.errors import ConfigError
+
+
+def test_defaults_are_the_papers_reading() -> None:
+    config = HiMergeConfig()
+    assert (config.density, config.scale) == ("search", "search")
+    assert (config.layer_density, config.layer_scale) == (None, None)
+    assert (config.prune_scope, config.reanalyze, config.accept) == ("model", "once", "always")
+    assert (config.partial_target, config.normalize) == ("degrader", "none")
+    assert config.tolerance == 0.0
+    assert config.searches()
+
+
+def test_config_is_frozen() -> None:
+    config = HiMergeConfig()
+    with pytest.raises(Exception, match="frozen"):
+        config.density = 0.5
+
+
+def test_config_error_is_a_value_error_of_the_library() -> None:
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, HiMergeError)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.0, "scale": 0.0},
+        {"density": 1, "scale": 3},
+        {"density": {"a": 0.1, "b": 1.0}, "scale": {"a": 2.0, "b": 0.0}},
+        {"density": 0.5, "scale": "search"},
+        {"layer_density": 0.0, "layer_scale": 10},
+        {"tolerance": 0.5},
+        {"tolerance": 3},
+        {"tolerance": "2se"},
+        {"tolerance": "0.5se"},
+        {"rank": 1},
+        {"rank": 0.5},
+        {"rank": "exact"},
+        {"max_export_drop": None},
+        {"max_export_drop": 0},
+        {"metric": "accuracy"},
+        {"metric": {"en": "accuracy"}},
+    ],
+)
+def test_value_that_is_allowed_is_kept(options: dict[str, Any]) -> None:
+    config = HiMergeConfig(**options)
+    for name, value in options.items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"desity": 0.5}, "'desity'.*Did you mean 'density'"),
+        ({"p": 0.5}, "'p'.*Allowed: .*density"),
+        ({"density": 1.2}, "density.*1.2"),
+        ({"density": -0.1}, "density.*-0.1"),
+        ({"density": math.nan}, "density.*nan"),
+        ({"density": True}, "density.*bool"),
+        ({"density": {"a": True}, "scale": {"a": 1.0}}, "density.*bool"),
+        ({"density": {"a": 2.0}, "scale": {"a": 1.0}}, "density.*2.0"),
+        ({"density": "serach"}, "density.*'serach'"),
+        ({"density": None}, "density.*None"),
+        ({"density": [0.1, 0.2]}, "density"),
+        ({"scale": -1.0}, "scale.*-1"),
+        ({"scale": math.inf}, "scale.*inf"),
+        ({"scale": False}, "scale.*bool"),
+        ({"layer_density": True}, "layer_density.*bool"),
+        ({"layer_density": 1.01}, "layer_density"),
+        ({"layer_scale": math.nan}, "layer_scale"),
+        ({"density": {"a": 0.5}, "scale": "search"}, "density and scale"),
+        ({"prune_scope": "block"}, "prune_scope.*'block'"),
+        ({"search": "optuna2"}, "search.*'optuna2'"),
+        ({"search_target": "all"}, "search_target"),
+        ({"reanalyze": True}, "reanalyze"),
+        ({"accept": "never"}, "accept.*'always'"),
+        ({"partial_target": "both"}, "partial_target"),
+        ({"normalize": "max"}, "normalize"),
+        ({"strategy": "swap"}, "strategy"),
+        ({"tolerance": -0.1}, "tolerance.*-0.1"),
+        ({"tolerance": math.nan}, "tolerance.*nan"),
+        ({"tolerance": math.inf}, "tolerance.*inf"),
+        ({"tolerance": True}, "tolerance.*True"),
+        ({"tolerance": "2 se"}, "tolerance.*'2 se'"),
+        ({"tolerance": "-2se"}, "tolerance.*'-2se'"),
+        ({"tolerance": "0.1"}, "tolerance.*'0.1'"),
+        ({"rank": 0}, "rank.*0"),
+        ({"rank": -3}, "rank.*-3"),
+        ({"rank": True}, "rank.*True"),
+        ({"rank": 1.0}, "rank.*1.0"),
+        ({"rank": 8.0}, "rank.*8.0"),
+        ({"rank": math.nan}, "rank.*nan"),
+        ({"rank": "full"}, "rank.*'full'"),
+        ({"rank": None}, "rank.*None"),
+        ({"max_export_drop": -0.1}, "max_export_drop"),
+        ({"max_export_drop": math.nan}, "max_export_drop"),
+        ({"max_export_drop": True}, "max_export_drop"),
+        ({"metric": 3}, "metric"),
+    ],
+)
+def test_value_that_is_not_allowed_is_refused_by_name(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        HiMergeConfig(**options)
+
+
+def test_all_faults_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"density.*scale.*rank"):
+        HiMergeConfig(density=2.0, scale=-1.0, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "edit"),
+    [
+        ({"density": 0.3, "scale": 0.9}, Edit(0.3, 0.9)),
+        ({"density": {"en": 0.3}, "scale": {"en": 0.9}}, Edit(0.3, 0.9)),
+        ({"density": 0.3}, Edit(0.3, 1.0)),
+        ({}, Edit(1.0, 1.0)),
+    ],
+)
+def test_model_wise_edit_is_what_was_given_and_one_where_searched(
+    options: dict[str, Any], edit: Edit
+) -> None:
+    config = HiMergeConfig(**options)
+    assert config.model_wise_edit("en") == edit
+    assert config.searches() == (len(options) < 2)
+
+
+def test_tolerance_in_standard_errors_multiplies_them() -> None:
+    assert HiMergeConfig(tolerance="2.5se").tolerance_of(0.2) == 0.5
+    assert HiMergeConfig(tolerance=0.1).tolerance_of(None) == 0.1
+    with pytest.raises(ConfigError, match="per-example"):
+        HiMergeConfig(tolerance="2se").tolerance_of(None)
+
+
+def test_metric_of_a_task_is_the_shared_one_its_own_or_none() -> None:
+    assert HiMergeConfig().metric_of("en") is None
+    assert HiMergeConfig(metric="f1").metric_of("en") == "f1"
+    mixed = HiMergeConfig(metric={"en": "f1"})
+    assert (mixed.metric_of("en"), mixed.metric_of("zh")) == ("f1", None)
+
+
+def test_names_given_per_adapter_must_be_the_adapters() -> None:
+    config = HiMergeConfig(density={"en": 0.1, "zh": 0.2}, scale=1.0)
+    config.check_names(["zh", "en"], ["en", "zh"])
+    for names in (["en"], ["en", "zh", "fr"], ["en", "fr"]):
+        with pytest.raises(ConfigError, match="density is given for"):
+            config.check_names(names, names)
