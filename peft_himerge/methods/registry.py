@@ -1,0 +1,182 @@
+"""The merging methods by name: what each is, where it comes from, and the options it takes.
+
+A method is registered by decorator and stays the plain function it is. Its keyword-only parameters
+are its options; there is no other list of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args
+
+from ..errors import ConfigError, suggest
+
+__all__ = ["REQUIRED", "MethodInfo", "Needs", "describe", "get_method", "list_methods", "method"]
+
+Needs = Literal["nothing", "scores", "inputs", "gradients"]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class _Required:
+    """Stands for an option's default where there is none."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """What is known about one method without running it.
+
+    Attributes:
+        name: the name to pass as `method`.
+        title: what the paper calls it.
+        url: the paper.
+        variant: whose reading of it this is: "authors", "peft", "mergekit", "ours", ...
+        needs: what it needs beside the adapters: "nothing", "scores" (eval functions), "inputs"
+            (unlabelled examples) or "gradients" (of a loss).
+        low_rank: True if the result is an exact product of thin factors, so that the exported
+            adapter loses nothing.
+        elementwise: True if it reads deltas entry by entry, so that it also runs in the spaces
+            "knots" and "core".
+        options: option -> its default; `REQUIRED` if it has none.
+        function: the method itself.
+        summary: first line of its docstring.
+    """
+
+    name: str
+    title: str
+    url: str
+    variant: str
+    needs: Needs
+    low_rank: bool
+    elementwise: bool
+    options: Mapping[str, Any] = field(repr=False)
+    function: Callable[..., Any] = field(repr=False, compare=False)
+    summary: str = ""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options the method does not have, and the lack of one that it needs.
+
+        Raises:
+            ConfigError: with what is allowed.
+        """
+        for name in options:
+            if name not in self.options:
+                hint = suggest(name, self.options) if self.options else " It has none."
+                raise ConfigError(f"method {self.name!r} has no option {name!r}.{hint}")
+        for name, default in self.options.items():
+            if default is REQUIRED and name not in options:
+                raise ConfigError(f"method {self.name!r} needs the option {name!r}.")
+
+
+_METHODS: dict[str, MethodInfo] = {}
+
+
+def describe(
+    function: Callable[..., Any],
+    name: str,
+    *,
+    title: str = "",
+    url: str = "",
+    variant: str = "ours",
+    needs: Needs = "nothing",
+    low_rank: bool = False,
+    elementwise: bool = False,
+) -> MethodInfo:
+    """Return the record of a function without registering it (a user's own method).
+
+    Raises:
+        ConfigError: `function` is not of the form ``f(stacks, *, options)``.
+    """
+    if needs not in get_args(Needs):
+        raise ConfigError(f"needs got {needs!r}.{suggest(str(needs), get_args(Needs))}")
+    first, *rest = inspect.signature(function).parameters.values()
+    odd = [p.name for p in rest if p.kind is not p.KEYWORD_ONLY]
+    if odd or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        raise ConfigError(
+            f"the method {name!r} must take the stacks and keyword-only options, "
+            f"f(stacks, *, ...); {(odd or [first.name])[0]!r} is not keyword-only."
+        )
+    options = {p.name: REQUIRED if p.default is p.empty else p.default for p in rest}
+    summary = (inspect.getdoc(function) or "").partition("\n")[0]
+    return MethodInfo(
+        name=name,
+        title=title or name,
+        url=url,
+        variant=variant,
+        needs=needs,
+        low_rank=low_rank,
+        elementwise=elementwise,
+        options=MappingProxyType(options),
+        function=function,
+        summary=summary,
+    )
+
+
+def method(
+    name: str,
+    *,
+    title: str,
+    url: str,
+    variant: str,
+    needs: Needs = "nothing",
+    low_rank: bool = False,
+    elementwise: bool = False,
+) -> Callable[[_F], _F]:
+    """Register the decorated function under `name`; it is returned untouched.
+
+    Args:
+        name: the name users pass; must be free.
+        title: the paper's name of the method.
+        url: the paper.
+        variant: whose reading this is.
+        needs: see `MethodInfo`.
+        low_rank: see `MethodInfo`.
+        elementwise: see `MethodInfo`.
+
+    Raises:
+        ConfigError: the name is taken, or the function has positional options.
+    """
+
+    def register(function: _F) -> _F:
+        if name in _METHODS:
+            taken = _METHODS[name].function
+            raise ConfigError(
+                f"the method name {name!r} is taken by {taken.__module__}.{taken.__qualname__}."
+            )
+        _METHODS[name] = describe(
+            function,
+            name,
+            title=title,
+            url=url,
+            variant=variant,
+            needs=needs,
+            low_rank=low_rank,
+            elementwise=elementwise,
+        )
+        return function
+
+    return register
+
+
+def get_method(name: str) -> MethodInfo:
+    """Return the record of a registered method.
+
+    Raises:
+        ConfigError: there is no such method; the text has the nearest name and all names.
+    """
+    if name not in _METHODS:
+        raise ConfigError(f"no merging method {name!r}.{suggest(str(name), sorted(_METHODS))}")
+    return _METHODS[name]
+
+
+def list_methods() -> tuple[MethodInfo, ...]:
+    """Return the records of all methods, sorted by name."""
+    return tuple(_METHODS[name] for name in sorted(_METHODS))
