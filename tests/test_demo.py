@@ -63,17 +63,11 @@ def test_right_answers_are_spread_evenly_over_the_positions(task):
 
 def test_language_questions_have_exactly_one_right_option():
     english = babel.Locale.parse("en")
-    tags = {
-        str(english.languages[tag]): tag for tag in ("de fr es it pt nl pl cs fi hu tr ru").split()
-    }
-    tags |= {str(english.languages[tag]): tag for tag in "uk el he ar hi ja ko vi sv cy".split()}
     for row in load_tasks()["en"].test:
-        name = quoted(row)
-        holds = [
-            name in babel.Locale.parse(tags[option]).territories.values() for option in row.options
-        ]
+        tags = [choice.strip() for choice in row.choices]
+        holds = [quoted(row) in babel.Locale.parse(tag).territories.values() for tag in tags]
         assert holds == [i == row.answer for i in range(4)], row
-        assert row.choices == tuple(f" {option}" for option in row.options)
+        assert row.options == tuple(english.languages[tag] for tag in tags)
 
 
 def test_continent_questions_have_exactly_one_right_option():
@@ -82,7 +76,7 @@ def test_continent_questions_have_exactly_one_right_option():
         quoted(row): [row.options[row.answer], tuple(row.options)]
         for row in load_tasks()["zh"].test
     }
-    for tag in "zh zh_Hant ja ko ru en de fr es it pt tr".split():
+    for tag in "en de fr it es pt nl sv tr id".split():
         for code, name in babel.Locale.parse(tag).territories.items():
             if name in where and code in zones:
                 regions = [zone.split("/")[0] for zone in zones[code]]

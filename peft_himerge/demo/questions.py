@@ -1,8 +1,9 @@
 """Two multiple-choice tasks, made from the CLDR data in `babel`.
 
-"en", in English: in which language is this territory's name written? Four languages to choose
-from. "zh", in Chinese: on which continent does the territory of this name lie? Four continents.
-Names come in many languages in both, so the two tasks read alike and ask for different things.
+"en", in English: which code has the language that this territory's name is written in? Four
+related languages to choose from. "zh", in Chinese: where does the territory of this name lie?
+Four continents. Both quote a name in some European language, so they read alike and ask for
+different things. Answers are one token of Gemma, and no prompt is long: a score is cheap.
 
 Every territory belongs to one split, so the test asks about territories never seen in training.
 All choices are made by SHA-256, not by a random generator: the same rows in every process.
@@ -26,8 +27,14 @@ __all__ = ["SPLITS", "Splits", "load_tasks", "territories"]
 SPLITS: Mapping[str, float] = MappingProxyType({"train": 0.55, "validation": 0.15, "test": 0.30})
 """Share of the territories in each split."""
 
-_LANGUAGES = tuple("de fr es it pt nl pl cs fi hu tr ru uk el he ar hi ja ko vi sv cy".split())
-_NAMES_IN = tuple("zh zh_Hant ja ko ru en de fr es it pt tr".split())
+_FAMILIES = (
+    ("es", "it", "pt", "fr", "ro"),
+    ("de", "nl", "sv", "da", "is"),
+    ("pl", "cs", "sk", "hr", "sl"),
+    ("hu", "fi", "tr", "cy", "et"),  # of no common family
+)
+_LANGUAGES = tuple(tag for family in _FAMILIES for tag in family)
+_NAMES_IN = ("en", "de", "fr", "it", "es", "pt", "nl", "sv", "tr", "id")
 _CONTINENTS = MappingProxyType(
     {"Africa": "非洲", "America": "美洲", "Asia": "亚洲", "Europe": "欧洲"}
 )
@@ -35,7 +42,7 @@ _TWO_CONTINENTS = frozenset({"CY", "RU", "TR"})
 _PER_TERRITORY = MappingProxyType(
     {
         "en": {"train": 20, "validation": 4, "test": 4},
-        "zh": {"train": 12, "validation": 5, "test": 5},
+        "zh": {"train": 10, "validation": 5, "test": 5},
     }
 )
 
@@ -109,14 +116,14 @@ def _language_rows(split: str) -> tuple[MultipleChoiceRow, ...]:
 
 
 def _language_row(code: str, tag: str, name: str) -> MultipleChoiceRow:
-    wrong = _shuffled((other for other in _LANGUAGES if other != tag), "wrong", code, tag)[:3]
+    family = next(family for family in _FAMILIES if tag in family)
+    wrong = _shuffled((other for other in family if other != tag), "wrong", code, tag)[:3]
     tags = _shuffled([tag, *wrong], "order", code, tag)
-    options = tuple(str(_locale("en").languages[other]) for other in tags)
     return MultipleChoiceRow(
-        prompt=f'The language of "{name}" is',
-        choices=tuple(f" {option}" for option in options),
+        prompt=f'The language code of "{name}" is',
+        choices=tuple(f" {other}" for other in tags),
         answer=tags.index(tag),
-        options=options,
+        options=tuple(str(_locale("en").languages[other]) for other in tags),
         lang="en",
     )
 

@@ -51,8 +51,8 @@ class TrainSettings:
 
 
 SETTINGS: Mapping[str, TrainSettings] = {
-    "en": TrainSettings(steps=200),
-    "zh": TrainSettings(steps=200),
+    "en": TrainSettings(steps=120),
+    "zh": TrainSettings(steps=70),
 }
 """What the shipped adapters were trained with."""
 
