@@ -174,8 +174,7 @@ class Stack:
             empty = torch.empty(0, dtype=self.dtype, device=self.device)
             return empty.reshape(rows, 0), empty.reshape(0, columns)
         b, a = found.scaled()
-        where = {"dtype": self.dtype, "device": self.device}
-        return b.to(**where), a.to(**where)
+        return b.to(self.device, self.dtype), a.to(self.device, self.dtype)
 
     def blocks(self) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """Yield (rows, every adapter's delta of those rows); zeros where a module is missing."""
