@@ -9,6 +9,8 @@ builtin a caller would expect, so `except ValueError` keeps working.
     ├── AdapterError       (ValueError)   an adapter cannot be merged; the text says which and why
     ├── EvalError          (RuntimeError) an eval function returned something that is not a score
     ├── ExportError        (RuntimeError) the exported adapter is not as good as the merged state
+    ├── JournalError       (OSError)      the journal of scores is in use, or cannot be written
+    ├── ProcessError       (RuntimeError) another process of the same merge failed or is missing
     └── MissingExtraError  (ImportError)  an optional package is needed and not installed
 """
 
@@ -27,8 +29,10 @@ __all__ = [
     "EvalError",
     "ExportError",
     "HiMergeError",
+    "JournalError",
     "MissingExtraError",
     "PlanError",
+    "ProcessError",
     "suggest",
 ]
 
@@ -64,6 +68,14 @@ class ExportError(HiMergeError, RuntimeError):
     def __init__(self, message: str, plan: MergePlan | None = None) -> None:
         super().__init__(message)
         self.plan = plan
+
+
+class JournalError(HiMergeError, OSError):
+    """The journal of scores is in use by another merge, or cannot be read or written."""
+
+
+class ProcessError(HiMergeError, RuntimeError):
+    """Another process of the same merge failed, holds other weights, or never took part."""
 
 
 class MissingExtraError(HiMergeError, ImportError):
