@@ -94,9 +94,12 @@ def render_markdown(facts: Mapping[str, Any]) -> str:
             rows.append([row["layer"], row["task"], *cells])
         parts += ["## Contributions", _table(["layer", "task", *keys], rows)]
     export, cost = facts["export"], facts["cost"]
+    drop = export["drop"]
+    lost = "not scored" if drop is None else f"mean score lost by export {drop:+.4f}"
     parts += [
         "## Export and cost",
-        f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}. "
+        f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}, "
+        f"{lost}. "
         f"{cost['scores']} scores, {cost['seconds']:.1f} s. Plan fingerprint "
         f"`{plan['fingerprint'][:16]}`.",
     ]

@@ -94,6 +94,14 @@ class MergeResult:
         lost = sum((m.error * m.norm) ** 2 for m in self.modules)
         return (lost / total) ** 0.5 if total else 0.0
 
+    @property
+    def export_drop(self) -> float | None:
+        """Mean score over tasks lost by export (merged minus exported); None if not scored."""
+        if "exported" not in self.states:
+            return None
+        merged, exported = self.states["merged"], self.states["exported"]
+        return sum(merged[t].value - exported[t].value for t in merged) / len(merged)
+
     def delta(self, module: str) -> Tensor:
         """Return the exact merged delta of one module, (out, in), materialised now.
 
@@ -174,6 +182,7 @@ class MergeResult:
             "export": {
                 "rank": self.rank,
                 "relative_error": self.export_error,
+                "drop": self.export_drop,
                 "modules": [
                     {"module": m.module, "rank": m.rank, "relative_error": m.error}
                     for m in self.modules

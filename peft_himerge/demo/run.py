@@ -74,7 +74,7 @@ def run(
     peft_model = _load(model, folders)
     tasks = load_tasks()
     validation = {
-        name: multiple_choice(split.validation, tokenizer, max_rows=rows)
+        name: multiple_choice(split.validation, tokenizer, batch_size=64, max_rows=rows)
         for name, split in tasks.items()
     }
     with ProgressBar(Console(stderr=True)) as bar:
@@ -88,7 +88,7 @@ def run(
         )
     print_conflicts(console, result)
     test = {
-        name: multiple_choice(split.test, tokenizer, max_rows=test_rows)
+        name: multiple_choice(split.test, tokenizer, batch_size=64, max_rows=test_rows)
         for name, split in tasks.items()
     }
     table = _test_scores(peft_model, result, test)
