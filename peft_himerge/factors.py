@@ -88,11 +88,22 @@ class LoraFactors:
         """Return (scaling * b, a) in the working dtype; their product is the delta."""
         return self.b.detach().to(self.dtype) * self.scaling, self.a.detach().to(self.dtype)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, delta[rows]) until every row was given; each block is a fresh tensor."""
-        b, a = self.scaled()
+    @property
+    def block_count(self) -> int:
+        """Number of blocks that `blocks` yields."""
+        return -(-self.shape[0] // self.rows_per_block)
+
+    def blocks(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, delta[rows]) until every row was given; each block is a fresh tensor.
+
+        Args:
+            first: number of the first block.
+            stop: number of the first block not to yield; None is all of them. The bits of a block
+                do not depend on which others are asked for.
+        """
         step = self.rows_per_block
-        for start in range(0, b.shape[0], step):
+        b, a = self.scaled()
+        for start in range(first * step, b.shape[0] if stop is None else stop * step, step):
             rows = slice(start, min(start + step, b.shape[0]))
             yield rows, b[rows] @ a
 
