@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
@@ -32,8 +32,8 @@ __all__ = ["kept_count", "prune_", "thresholds"]
 
 Counts: TypeAlias = npt.NDArray[np.int64]
 
-_PLACES = 1 << 18  # of one bracket's table: 2 MB of int64
-_PENDING = 1 << 18  # entries inside a bracket that are kept until they are counted together
+_PLACES = 1 << 22  # of all brackets' tables together: 32 MB of int64 per worker
+_FEWEST_PLACES = 1 << 16  # of one bracket; more are of no use while there are fewer entries
 _BLOCKS_PER_TASK = 16  # 4 million entries: a few milliseconds of one core
 _SAMPLE = 1 << 22  # the most entries looked at before the first pass
 _SAMPLE_CHUNK = 1 << 16
@@ -102,14 +102,18 @@ def thresholds(
 
 @dataclass(frozen=True, slots=True)
 class _Bracket:
-    """Bit patterns lo <= pattern < hi, counted 2**shift patterns to a place."""
+    """Bit patterns lo <= pattern < hi, counted 2**shift patterns to a place.
+
+    `most` is the largest number of places.
+    """
 
     lo: int
     hi: int
+    most: int
 
     @property
     def shift(self) -> int:
-        return max(0, (self.hi - self.lo - 1).bit_length() - (_PLACES.bit_length() - 1))
+        return max(0, (self.hi - self.lo - 1).bit_length() - (self.most.bit_length() - 1))
 
     @property
     def places(self) -> int:
@@ -141,7 +145,7 @@ def _kth_largest(
 def _narrow(bracket: _Bracket, count: int, above: int, table: Counts, top: int) -> _Bracket:
     """Return a bracket that is certain to hold the `count`-th largest pattern."""
     if above >= count:
-        return _Bracket(bracket.hi, top)
+        return replace(bracket, lo=bracket.hi, hi=top)
     from_top = np.cumsum(table[::-1])  # entries in the i + 1 highest places
     place = len(table) - 1 - int(np.searchsorted(from_top, count - above))
     if place < 0:
@@ -150,9 +154,9 @@ def _narrow(bracket: _Bracket, count: int, above: int, table: Counts, top: int) 
                 "an adapter's delta holds NaN: the product of its factors overflows. Check its "
                 "weights and its scaling."
             )
-        return _Bracket(0, bracket.lo)
+        return replace(bracket, lo=0, hi=bracket.lo)
     lo = bracket.lo + (place << bracket.shift)
-    return _Bracket(lo, min(lo + (1 << bracket.shift), bracket.hi))
+    return replace(bracket, lo=lo, hi=min(lo + (1 << bracket.shift), bracket.hi))
 
 
 def _first_brackets(
@@ -160,8 +164,9 @@ def _first_brackets(
 ) -> list[_Bracket]:
     """Return per count a bracket that holds its pattern, if the sample is not a very odd one."""
     numel = sum(f.numel for f, _ in parts)
+    most = min(_PLACES // len(counts), max(_FEWEST_PLACES, numel))
     if numel < _SAMPLE_FROM:
-        return [_Bracket(0, top)] * len(counts)
+        return [_Bracket(0, top, most)] * len(counts)
     drawn = _sample(parts, min(_SAMPLE, numel // _SAMPLE_SHARE), dtype)
     patterns = np.sort(drawn)[::-1]
     brackets = []
@@ -172,7 +177,7 @@ def _first_brackets(
         low = math.ceil(share * len(patterns) + margin)
         hi = int(patterns[high]) + 1 + _SLACK if high >= 0 else top
         lo = int(patterns[low]) - _SLACK if low < len(patterns) else 0
-        brackets.append(_Bracket(max(lo, 0), min(hi, top)))
+        brackets.append(_Bracket(max(lo, 0), min(hi, top), most))
     return brackets
 
 
@@ -294,7 +299,8 @@ class _HostTally:
             self.masks = np.empty((2, found.size), np.bool_)
         inside, beyond = self.masks[:, : found.size]
         patterns = found.view(f"i{found.itemsize}")
-        for i, (lo, hi) in enumerate(self.bounds):
+        for i, bracket in enumerate(self.brackets):
+            lo, hi = self.bounds[i]
             np.greater_equal(found, lo, out=inside)
             if not self.open[i]:
                 np.greater_equal(found, hi, out=beyond)
@@ -303,7 +309,7 @@ class _HostTally:
             kept = patterns[np.flatnonzero(inside)]
             self.pending[i].append(kept)
             self.size[i] += kept.size
-            if self.size[i] >= _PENDING:
+            if self.size[i] >= bracket.most:  # a flush walks the whole table
                 self._flush(i)
 
     def _flush(self, i: int) -> None:
