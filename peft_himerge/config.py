@@ -53,6 +53,9 @@ class HiMergeConfig(BaseModel):
             inside forward, "auto" picks by memory and layer type.
         prefix_cache_gb: memory, in units of 1e9 bytes, for hidden states that are shared between
             scores; what does not fit is computed again. 0 runs every score in full.
+        processes: "auto" spreads the scores over the processes of `accelerate launch` or
+            torch.distributed, all of which must call the merge; the result is the same for any
+            number of them. "off" merges on this process alone, whoever else is there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,6 +77,7 @@ class HiMergeConfig(BaseModel):
     max_export_drop: Annotated[float, Field(ge=0.0)] | None = 0.1
     strategy: Literal["auto", "fold", "lazy"] = "auto"
     prefix_cache_gb: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 2.0
+    processes: Literal["auto", "off"] = "auto"
 
     def __init__(self, **options: Any) -> None:
         unknown = [key for key in options if key not in type(self).model_fields]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from .combine import Combiner
 from .config import HiMergeConfig
 from .conflict import Resolution
 from .contribution import Contributions, measure, states
+from .cost import Cost, estimate
 from .engine import Engine
 from .errors import ConfigError, ExportError, suggest
 from .events import (
@@ -27,12 +29,16 @@ from .events import (
     MergeStarted,
 )
 from .factors import Adapter
+from .identity import base_digest
+from .ledger import Ledger, open_ledger
 from .lowrank import LowRank
 from .plan import DROP, Edit, MergePlan
 from .probe import Probe, preserved
+from .processes import Team, together
+from .randomness import capture, install
 from .result import MergeResult, ModuleError
 from .scoring import EvalFn, Score, Task
-from .search import Trial, best, budget, search_edit
+from .search import Trial, best, search_edit
 
 __all__ = ["apply_plan", "merge_adapters_hi", "score_plans"]
 
@@ -45,6 +51,7 @@ def merge_adapters_hi(
     adapter_name: str = "merged",
     config: HiMergeConfig | None = None,
     callbacks: Sequence[Listener] = (),
+    journal: str | os.PathLike[str] | None = None,
 ) -> MergeResult:
     """Merge LoRA adapters of `model` into one adapter that is good at all their tasks.
 
@@ -65,7 +72,13 @@ def merge_adapters_hi(
             guard tasks: scored and reported, but not part of any conflict.
         adapter_name: name of the new adapter; must be free.
         config: the options; see `HiMergeConfig`.
-        callbacks: called with every event, in order; an exception in one ends the merge.
+        callbacks: called with every event, in order; an exception in one ends the merge. With
+            several processes (`HiMergeConfig.processes`), only the main one calls them.
+        journal: a file or folder that keeps every score as soon as it is known, so that a killed
+            merge, run again, goes on where it stopped and ends with the same result. Scores are
+            found by base model, adapter weights, state, and a fingerprint of the eval function's
+            code and data (`identity.eval_digest` says what it cannot see). The journal also keeps
+            the random state that scores start from. None keeps nothing.
 
     Returns:
         A `MergeResult`: plan, contributions, conflicts, scores of all states; `save(dir)`.
@@ -76,30 +89,52 @@ def merge_adapters_hi(
         EvalError: an eval function returned no score; the model was put back.
         ExportError: the exported adapter lost more than `config.max_export_drop`; the text holds
             the way out, the error's `plan` attribute the decision.
+        JournalError: another merge uses the journal, or it cannot be written.
+        ProcessError: another process of this merge failed; the text holds its reason.
     """
     start = time.perf_counter()
     config = config or HiMergeConfig()
-    names = _check_names(model, adapters, eval_fns, adapter_name)
-    config.check_names(names, list(eval_fns))
-    read = read_adapters(model, names)
-    common_base(read)
-    run = _Run(Combiner(read), _tasks(read, eval_fns, config), config, tuple(callbacks))
-    cache_bytes = int(config.prefix_cache_gb * 1e9)
-    probe = Probe(model, run.combiner, config.strategy, cache_bytes)
-    with preserved(model), probe:
-        engine = Engine(probe, run.tasks, run.emit, run.most_scores())
-        run.merge(engine)
-        parts = export.approximate(run.combiner, run.plan, config.rank)
-        probe.show(MergePlan.base())
-        rank = export.add_adapter(model, adapter_name, run.combiner, parts)
-        try:
-            run.score_export(engine, adapter_name)
-        except BaseException:
-            model.delete_adapter(adapter_name)
-            raise
-    result = _result(model, adapter_name, run, parts, rank, engine.done, start)
-    run.emit(MergeFinished(result.plan, result.scores))
+    with together(config.processes) as team:
+        names = _check_names(model, adapters, eval_fns, adapter_name)
+        config.check_names(names, list(eval_fns))
+        read = read_adapters(model, names)
+        common_base(read)
+        listeners = tuple(callbacks) if team.main else ()
+        run = _Run(Combiner(read), _tasks(read, eval_fns, config), config, listeners)
+        probe = Probe(model, run.combiner, config.strategy, int(config.prefix_cache_gb * 1e9))
+        with (
+            preserved(model),
+            open_ledger(
+                journal if team.main else None, model, run.combiner.adapters, run.tasks
+            ) as ledger,
+        ):
+            _start_alike(team, model, run.combiner, ledger)
+            with probe:
+                engine = Engine(probe, run.tasks, run.emit, run.cost(), ledger=ledger, team=team)
+                run.merge(engine)
+                parts = export.approximate(run.combiner, run.plan, config.rank)
+                probe.show(MergePlan.base())
+                rank = export.add_adapter(model, adapter_name, run.combiner, parts)
+                try:
+                    run.score_export(engine, adapter_name)
+                except BaseException:
+                    model.delete_adapter(adapter_name)
+                    raise
+        result = _result(model, adapter_name, run, parts, rank, engine.done, start)
+        run.emit(MergeFinished(result.plan, result.scores))
     return result
+
+
+def _start_alike(team: Team, model: PeftModel, combiner: Combiner, ledger: Ledger | None) -> None:
+    """Give all processes, and a resumed run, the random state of the first one."""
+    if team.size == 1 and ledger is None:
+        return
+    team.refuse_sharded(model)
+    same: list[str] = []
+    if team.size > 1:
+        same = [base_digest(model), *(a.digest() for a in combiner.adapters.values())]
+    state = ledger.journal.random_state if ledger is not None else capture()
+    install(team.first("weights of the model and the adapters", same, state))
 
 
 def apply_plan(
@@ -172,12 +207,15 @@ def score_plans(
     for plan in plans.values():
         combiner.check(plan)
     tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}
-    run = _Run(combiner, tasks, config, tuple(callbacks))
     probe = Probe(model, combiner, config.strategy, int(config.prefix_cache_gb * 1e9))
-    with preserved(model), probe:
-        engine = Engine(probe, tasks, run.emit, len(plans) * len(tasks))
-        requests = [(task, plan) for plan in plans.values() for task in tasks]
-        scores = iter(engine.score_many(requests))
+    with together(config.processes) as team, preserved(model):
+        run = _Run(combiner, tasks, config, tuple(callbacks) if team.main else ())
+        _start_alike(team, model, combiner, None)
+        with probe:
+            cost = Cost.flat(len(plans) * len(tasks))
+            engine = Engine(probe, tasks, run.emit, cost, team=team)
+            requests = [(task, plan) for plan in plans.values() for task in tasks]
+            scores = iter(engine.score_many(requests))
         return {name: {task: next(scores) for task in tasks} for name in plans}
 
 
@@ -292,18 +330,11 @@ class _Run:
         for listener in self.listeners:
             listener(event)
 
-    def most_scores(self) -> int:
-        """Return an upper bound on the scores the run will compute."""
-        own, tasks, layers = len(self.own), len(self.tasks), len(self.layers)
-        searched = own * budget(self.config)
-        if self.config.search_target == "merged":
-            searched *= tasks
-        states_ = tasks * (own + 4)  # base, alone, model-wise, merged, exported
-        analysed = 0 if own < 2 else own * 4 * layers
-        repaired = layers * own * 2 if self.config.reanalyze == "each" else 0
-        if self.config.accept == "no_regression" and own > 1:
-            repaired += layers * tasks
-        return searched + states_ + analysed + repaired
+    def cost(self) -> Cost:
+        """Return what the run costs at most."""
+        guards = [name for name, task in self.tasks.items() if task.guard]
+        order = [layer.label for layer in self.combiner.in_order()]
+        return estimate(self.combiner.table(), self.own, guards, self.config, order=order)
 
     def merge(self, engine: Engine) -> None:
         """Take every step up to the final plan (DESIGN 1.1 to 1.4)."""
@@ -321,28 +352,34 @@ class _Run:
                 self.plan.sources,
             )
         )
-        engine.stage = "states"
+        engine.begin("base")
         self.states["base"] = self._scores(engine, MergePlan.base())
         if self.config.searches():
-            engine.stage = "search"
+            engine.begin("search")
             self._search(engine)
         self.model_wise = self.plan
-        engine.stage = "states"
+        engine.begin("alone")
+        self._ask(engine, self.tasks, *map(self.plan.solo, self.own), self.plan)
         for name in self.combiner.adapters:
             self.states[name] = self._scores(engine, self.plan.solo(name))
         gains = self._gains()
         self.states["model_wise"] = self._scores(engine, self.plan)
         if len(self.own) > 1:
-            engine.stage = "analysis"
+            engine.begin("analysis")
             self._analyse(engine)
-            engine.stage = "repair"
+            engine.begin("repair")
             self._repair(engine, gains)
-        engine.stage = "states"
+        engine.begin("merged")
         self.states["merged"] = self._scores(engine, self.plan)
 
-    def _scores(self, engine: Engine, plan: MergePlan) -> dict[str, Score]:
-        found = engine.score_many([(task, plan) for task in self.tasks])
+    def _scores(self, engine: Engine, state: MergePlan | str) -> dict[str, Score]:
+        found = engine.score_many([(task, state) for task in self.tasks])
         return dict(zip(self.tasks, found, strict=True))
+
+    @staticmethod
+    def _ask(engine: Engine, tasks: Iterable[str], *plans: MergePlan) -> None:
+        """Have all these scores computed in one go, which shares more than one by one."""
+        engine.score_many([(task, plan) for plan in plans for task in tasks])
 
     def _search(self, engine: Engine) -> None:
         """Choose each adapter's density and scale (DESIGN 1.1)."""
@@ -397,6 +434,7 @@ class _Run:
         ]
         for conflict in conflicts.rank(found):
             if self.config.reanalyze == "each":
+                self._ask(engine, self.own, self.plan, self.plan.without(conflict.layer))
                 rows = [
                     measure(engine.score, task, conflict.layer, self.model_wise, edited=self.plan)
                     for task in self.own
@@ -427,8 +465,8 @@ class _Run:
 
     def score_export(self, engine: Engine, name: str) -> None:
         """Score the exported adapter and refuse it if it lost too much (DESIGN 4.4)."""
-        engine.stage = "export"
-        found = {task: engine.score_adapter(task, name) for task in self.tasks}
+        engine.begin("exported")
+        found = self._scores(engine, name)
         self.states["exported"] = found
         limit = self.config.max_export_drop
         base, merged = _mean(self.states["base"]), _mean(self.states["merged"])

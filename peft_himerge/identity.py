@@ -30,8 +30,10 @@ from torch import Tensor, nn
 
 from .adapters import lora_layers
 
-__all__ = ["EvalDigest", "adapter_digest", "base_digest", "environment", "eval_digest"]
+__all__ = ["NUMERICS", "EvalDigest", "adapter_digest", "base_digest", "environment", "eval_digest"]
 
+# To be raised when a release gives other bits for the same plan: old journals are then foreign.
+NUMERICS = "1"
 # Words (8 bytes) that are summed at once: too few for torch to start a second thread, which on
 # shared cores waits longer than it works; on a GPU, many such pieces are summed side by side.
 _PIECE = 1 << 15

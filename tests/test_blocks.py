@@ -35,7 +35,7 @@ def analyse(
     tasks = {name: Task(name, fns[name]) for name in names}
     layers = [layer.label for layer in combiner.layers]
     with probe:
-        engine = Engine(probe, tasks, lambda _: None, 0)
+        engine = Engine(probe, tasks, lambda _: None)
         requests = [r for name in names for r in states(name, plan, layers)]
         scores = engine.score_many(requests)
     values = [s.examples.tolist() if s.examples is not None else s.value for s in scores]
