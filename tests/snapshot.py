@@ -40,6 +40,7 @@ def snapshot(model: nn.Module, *, but: str | None = None) -> dict[str, Any]:
 
     facts: dict[str, Any] = rng_states()
     facts["grad mode"] = torch.is_grad_enabled()
+    facts["threads"] = torch.get_num_threads()
     facts["active adapter"] = repr(model.active_adapter)
     facts["active adapter of the tuner"] = repr(getattr(model.base_model, "active_adapter", None))
     facts["adapters"] = [name for name in model.peft_config if name != but]

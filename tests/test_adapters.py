@@ -117,8 +117,11 @@ def test_merged_adapter_of_every_kind_of_layer_is_the_sum_of_pefts_deltas() -> N
     for module, layer in lora_layers(model).items():
         want = layer.get_delta_weight("zh") + 0.5 * layer.get_delta_weight("en")
         assert torch.allclose(layer.get_delta_weight("merged"), want, atol=1e-5), module
-        assert torch.allclose(result.delta(module).view(-1), as_matrix(
-            want, combiner.kind(module)).reshape(-1), atol=1e-5)
+        assert torch.allclose(
+            result.delta(module).view(-1),
+            as_matrix(want, combiner.kind(module)).reshape(-1),
+            atol=1e-5,
+        )
 
 
 def test_scores_of_convolutions_work_in_both_strategies() -> None:
@@ -135,11 +138,11 @@ def test_scores_of_convolutions_work_in_both_strategies() -> None:
         config = HiMergeConfig(
             density=0.5, scale=0.9, strategy=strategy, max_export_drop=None, rank="exact"
         )
-        result = merge_adapters_hi(model, ["zh", "en"], {"zh": images, "en": images},
-                                   config=config)
+        result = merge_adapters_hi(model, ["zh", "en"], {"zh": images, "en": images}, config=config)
         scores[strategy] = result.scores
-        assert result.scores["exported"]["zh"] == pytest.approx(result.scores["merged"]["zh"],
-                                                                rel=1e-4)
+        assert result.scores["exported"]["zh"] == pytest.approx(
+            result.scores["merged"]["zh"], rel=1e-4
+        )
     assert scores["fold"] == scores["lazy"]
 
 

@@ -114,9 +114,7 @@ def test_gain_leaves_a_tolerance_in_standard_errors_as_it_is() -> None:
 
 
 @given(
-    st.dictionaries(
-        st.sampled_from("abcde"), st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=2
-    ),
+    st.dictionaries(st.sampled_from("abcde"), st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=2),
     st.randoms(use_true_random=False),
 )
 def test_verdict_does_not_depend_on_the_order_of_tasks(

@@ -248,9 +248,7 @@ def test_eval_fns_that_return_floats_decide_the_same_without_errors() -> None:
 
 def test_eval_fns_that_return_dicts_score_by_the_named_metric_and_keep_all() -> None:
     model, names, fns = case("llama", 2)
-    dicts = {
-        name: lambda m, fn=fn: {"other": 7, "likelihood": fn(m)} for name, fn in fns.items()
-    }
+    dicts = {name: lambda m, fn=fn: {"other": 7, "likelihood": fn(m)} for name, fn in fns.items()}
     want = merge(model, names, fns)
     model, _, _ = case("llama", 2)
     got = merge(model, names, dicts, metric="likelihood")
@@ -273,9 +271,10 @@ def test_tolerance_in_standard_errors_refuses_scores_without_examples() -> None:
 def test_normalize_gain_refuses_an_adapter_that_wins_nothing() -> None:
     model, names, _ = case("llama", 2)
     before = snapshot(model)
-    with pytest.raises(ConfigError, match="'en'.*0"):
-        merge(model, names, {"zh": lambda m: 1.0 * m.training, "en": lambda m: 0.5},
-              normalize="gain")
+    with pytest.raises(ConfigError, match=r"'en'.*0"):
+        merge(
+            model, names, {"zh": lambda m: 1.0 * m.training, "en": lambda m: 0.5}, normalize="gain"
+        )
     assert moved(before, snapshot(model)) == []
 
 
@@ -437,7 +436,7 @@ def test_arguments_that_are_fine_reach_the_eval_functions() -> None:
 
 
 def test_model_that_is_no_peft_model_is_refused() -> None:
-    with pytest.raises(AdapterError, match="PeftModel.*LlamaForCausalLM"):
+    with pytest.raises(AdapterError, match=r"PeftModel.*LlamaForCausalLM"):
         merge_adapters_hi(tiny.tiny_llama(), ["zh", "en"], GOOD)  # type: ignore[arg-type]
 
 

@@ -122,8 +122,9 @@ def test_dropped_delta_has_rank_zero_and_no_error(rank: int | float | str) -> No
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_zero_delta_has_rank_zero_and_no_error(density: float) -> None:
-    zero = LoraFactors(torch.randn(2, 9, generator=torch.Generator().manual_seed(0)),
-                       torch.zeros(6, 2), 1.5)
+    zero = LoraFactors(
+        torch.randn(2, 9, generator=torch.Generator().manual_seed(0)), torch.zeros(6, 2), 1.5
+    )
     part, _ = found(combiner(zero), 3, density)
     assert (part.rank, part.error, part.norm) == (0, 0.0, 0.0)
 

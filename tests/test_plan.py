@@ -30,10 +30,7 @@ def plans(draw: st.DrawFn) -> MergePlan:
     layers = draw(st.lists(st.sampled_from(["h.0", "h.1", "h.10", "outside"]), unique=True))
     return MergePlan(
         {name: draw(EDITS) for name in names},
-        {
-            layer: {name: draw(EDITS) for name in names if draw(st.booleans())}
-            for layer in layers
-        },
+        {layer: {name: draw(EDITS) for name in names if draw(st.booleans())} for layer in layers},
         draw(st.sampled_from(["model", "layer", "module"])),
         {name: f"digest of {name}" for name in names},
         {"origin": "test"},
@@ -155,9 +152,9 @@ def test_plan_names_what_it_does_not_have(call: object, text: str) -> None:
 
 
 def test_plan_with_unknown_scope_or_adapter_is_refused() -> None:
-    with pytest.raises(PlanError, match="'models'.*Did you mean 'model'"):
+    with pytest.raises(PlanError, match=r"'models'.*Did you mean 'model'"):
         MergePlan({}, {}, "models")
-    with pytest.raises(PlanError, match="'h.0'.*'zh'"):
+    with pytest.raises(PlanError, match=r"'h.0'.*'zh'"):
         MergePlan({"en": IDENTITY}, {"h.0": {"zh": IDENTITY}})
 
 
@@ -226,9 +223,7 @@ def test_fingerprint_is_that_of_the_state_and_not_of_the_spelling() -> None:
 
 def test_fingerprint_of_a_known_plan_never_changes() -> None:
     # Stored plans and score journals rely on this; a change needs a new format number.
-    assert two().fingerprint == (
-        "047f07ba2a6102b902b964457e2f74d1fec8de6fcb3b02c50b5eeabc6299d2d5"
-    )
+    assert two().fingerprint == ("047f07ba2a6102b902b964457e2f74d1fec8de6fcb3b02c50b5eeabc6299d2d5")
 
 
 # ------------------------------------------------------------------------------------------- JSON

@@ -27,9 +27,7 @@ Mess = Callable[[PeftModel], None]
 
 def run(model: PeftModel, fns: Any, callbacks: Any = (), **options: Any) -> MergeResult:
     config = {"density": 0.4, "scale": 0.9, "max_export_drop": None, **options}
-    return merge_adapters_hi(
-        model, NAMES, fns, config=HiMergeConfig(**config), callbacks=callbacks
-    )
+    return merge_adapters_hi(model, NAMES, fns, config=HiMergeConfig(**config), callbacks=callbacks)
 
 
 def dropped(kind: str = "llama", dropout: float = 0.1) -> PeftModel:
@@ -519,8 +517,13 @@ def test_eval_function_that_scores_with_dropout_sees_the_same_with_and_without_s
     def model_with_dropout() -> PeftModel:
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=tiny.VOCAB, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
-            intermediate_size=32, num_labels=4, hidden_dropout_prob=0.3,
+            vocab_size=tiny.VOCAB,
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=32,
+            num_labels=4,
+            hidden_dropout_prob=0.3,
         )
         specs = tiny.default_specs("bert", 2)
         return tiny.add_adapters(BertForSequenceClassification(config), specs)
@@ -547,8 +550,9 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         weight = plain.weight.detach()
         self.steps = nn.Parameter(weight.abs().amax(1, keepdim=True) / 127, requires_grad=False)
-        self.weight = nn.Parameter((weight / self.steps).round().to(torch.int8),
-                                   requires_grad=False)
+        self.weight = nn.Parameter(
+            (weight / self.steps).round().to(torch.int8), requires_grad=False
+        )
 
     def plain(self) -> torch.Tensor:
         return self.weight * self.steps

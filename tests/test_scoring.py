@@ -19,8 +19,13 @@ TASK = Task("en", lambda model: 0.0)
 
 @pytest.mark.parametrize(
     "raw",
-    [0.25, np.float32(0.25), torch.tensor(0.25), torch.tensor(0.25, dtype=torch.bfloat16),
-     np.array(0.25)],
+    [
+        0.25,
+        np.float32(0.25),
+        torch.tensor(0.25),
+        torch.tensor(0.25, dtype=torch.bfloat16),
+        np.array(0.25),
+    ],
 )
 def test_number_is_a_score_without_examples(raw: Any) -> None:
     score = read_score(raw, TASK)

@@ -147,6 +147,20 @@ def test_thresholds_do_not_depend_on_how_parts_are_cut_into_blocks(
     assert thresholds([(factors, 0.0)], [0.1, 0.4]) == whole
 
 
+def test_thresholds_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(factors_room, "_BLOCK", 16)
+    parts = [(drawn(i, 40, 7, 3), 0.0) for i in range(3)]
+    alone = thresholds(parts, [0.02, 0.3, 0.9])
+    torch.set_num_threads(3)
+    try:
+        assert thresholds(parts, [0.02, 0.3, 0.9]) == alone
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(
     ("density", "numel", "count"),
     [
