@@ -89,9 +89,9 @@ class Frame:
     def lift(self, core: Tensor) -> Factored:
         """Return left @ core @ right.T as thin factors of rank min(p, q)."""
         if core.shape[0] <= core.shape[1]:
-            b, a = self.left, core @ self.right.t()
+            b, a = self.left, core @ self.right.t().to(core.dtype)
         else:
-            b, a = self.left @ core, self.right.t()
+            b, a = self.left.to(core.dtype) @ core, self.right.t()
         return Factored(b.to(self.dtype), a.to(self.dtype))
 
 

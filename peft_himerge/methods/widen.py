@@ -19,6 +19,7 @@ from .stack import Delta, Factored, Stack
 
 __all__ = ["widen"]
 
+_PARALLEL = 64.0 * torch.finfo(torch.float64).eps
 _ROWS = 256  # rows of the base weight in float64 at a time
 
 
@@ -102,12 +103,12 @@ def _columns(stack: Stack, bs: Sequence[Tensor]) -> _Columns:
             f"widen needs the base weight of module {stack.module!r}, which cannot be read (no "
             f"model, or it is quantised). Load the model unquantised, or choose another method."
         )
-    weight = stack.base().detach()
+    weight = stack.base()
     joint = torch.cat(list(bs), dim=1)
     squares = joint.new_zeros(weight.shape[1])
     products = joint.new_zeros(weight.shape[1], joint.shape[1])
     for start in range(0, weight.shape[0], _ROWS):
-        rows = weight[start : start + _ROWS].to(joint.device, torch.float64)
+        rows = weight[start : start + _ROWS].detach().to(joint.device, torch.float64)
         squares += rows.square().sum(dim=0)
         products += rows.t() @ joint[start : start + _ROWS]
     ranks = [b.shape[1] for b in bs]
@@ -129,13 +130,14 @@ def _changes(squares: Tensor, product: Tensor, b: Tensor, a: Tensor) -> tuple[Te
     after = (squares + 2.0 * dot + delta).clamp_min(0.0).sqrt()
     total = before + after
     magnitude = (2.0 * dot + delta).abs() / torch.where(total > 0.0, total, 1.0)
-    # 1 - cos by way of sin^2, which does not cancel where the delta is small.
+    # 1 - cos by way of sin^2, which does not cancel where the delta is small; at rounding level the
+    # vectors are parallel.
     scale = before * after
     cosine = (squares + dot) / torch.where(scale > 0.0, scale, 1.0)
-    sine = (squares * delta - dot.square()).clamp_min(0.0) / torch.where(
-        scale > 0.0, scale.square(), 1.0
-    )
-    direction = torch.where(cosine > 0.0, sine / (1.0 + cosine.clamp_min(0.0)), 1.0 - cosine)
+    area = squares * delta - dot.square()
+    area = torch.where(area > _PARALLEL * squares * delta, area, 0.0)
+    small = area / torch.where(scale > 0.0, scale.square(), 1.0) / (1.0 + cosine.abs())
+    direction = torch.where(cosine >= 0.0, small, 2.0 - small)
     return magnitude, torch.where(scale > 0.0, direction, (delta > 0.0).to(delta.dtype))
 
 
