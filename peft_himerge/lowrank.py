@@ -10,8 +10,9 @@ Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from .combine import Combiner, Term
 
-__all__ = ["LowRank", "Rank", "low_rank"]
+__all__ = ["LowRank", "Rank", "low_rank", "low_rank_of_dense", "low_rank_of_product"]
 
 Rank = int | float | str
 _OVERSAMPLE = 10
 _MAX_ITERATIONS = 8
 _RESIDUAL_BLOCK = 1 << 18  # entries of the residual held at once
 _CONVERGED = 1e-5  # relative growth of the captured energy below which iterating stops
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,12 +39,14 @@ class LowRank:
         a: (rank, in).
         error: ||delta - b a|| / ||delta|| in the Frobenius norm; 0 for a zero delta.
         norm: ||delta||.
+        note: what had to be done differently because an SVD did not converge; "" if nothing.
     """
 
     b: Tensor
     a: Tensor
     error: float
     norm: float
+    note: str = ""
 
     @property
     def rank(self) -> int:
@@ -67,15 +71,32 @@ def low_rank(combiner: Combiner, module: str, terms: Sequence[Term], rank: Rank)
         out, width = combiner.shape(module)
         return LowRank(torch.zeros(out, 0), torch.zeros(0, width), 0.0, 0.0)
     if all(term.cut <= 0.0 for term in terms):
-        return _stacked(combiner, module, terms, rank)
-    delta = combiner.delta(module, terms)
+        scaled = [(*f.scaled(), term.scale) for f, term in combiner.factors(module, terms)]
+        b = torch.cat([b * scale for b, _, scale in scaled], dim=1)
+        return low_rank_of_product(b, torch.cat([a for _, a, _ in scaled], dim=0), rank)
+    start = torch.cat([f.scaled()[1] for f, _ in combiner.factors(module, terms)])
+    return low_rank_of_dense(combiner.delta(module, terms), rank, start=start, name=module)
+
+
+def low_rank_of_dense(
+    delta: Tensor, rank: Rank, *, start: Tensor | None = None, name: str = ""
+) -> LowRank:
+    """Return the leading factors of a delta of any rank.
+
+    Args:
+        delta: (out, in); not changed.
+        rank: see `low_rank`; "exact" keeps the delta itself as one of the factors.
+        start: (k, in) rows that span a good first guess of the delta's row space, such as the
+            sources' A.
+        name: seeds the random part; the module's path.
+    """
     norm = float(torch.linalg.vector_norm(delta))
     if norm == 0.0:
         return LowRank(delta[:, :0], delta[:0], 0.0, 0.0)
     if rank == "exact":
         return _whole(delta, norm)
-    start = torch.cat([f.scaled()[1] for f, _ in combiner.factors(module, terms)]).t()
-    return _randomised(delta, norm, start.to(delta.dtype), rank, _generator(module, delta.device))
+    rows = delta[:0] if start is None else start.to(delta.device, delta.dtype)
+    return _randomised(delta, norm, rows.t(), rank, _generator(name, delta.device))
 
 
 def _generator(module: str, device: torch.device) -> torch.Generator:
@@ -91,20 +112,62 @@ def _whole(delta: Tensor, norm: float) -> LowRank:
     return LowRank(delta, torch.eye(width, dtype=delta.dtype, device=delta.device), 0.0, norm)
 
 
-def _stacked(combiner: Combiner, module: str, terms: Sequence[Term], rank: Rank) -> LowRank:
-    scaled = [(*f.scaled(), term.scale) for f, term in combiner.factors(module, terms)]
-    b = torch.cat([b * scale for b, _, scale in scaled], dim=1)
-    a = torch.cat([a for _, a, _ in scaled], dim=0)
+def low_rank_of_product(b: Tensor, a: Tensor, rank: Rank) -> LowRank:
+    """Return the leading factors of ``b @ a``, exact if `rank` allows, without forming it.
+
+    Args:
+        b: (out, k).
+        a: (k, in).
+        rank: see `low_rank`.
+    """
+    if a.shape[0] == 0:
+        return LowRank(b, a, 0.0, 0.0)
     # The core is tiny; float64 keeps "exact" exact for ill-conditioned factors too.
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().t())
-    u, s, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    u, s, v, note = _svd(r_b @ r_a.t())
     floor = s[0] * max(b.shape[0], a.shape[1]) * torch.finfo(b.dtype).eps
     s = torch.where(s > floor, s, torch.zeros_like(s))
     kept = _kept(s, float(s.square().sum()), rank)
     norm = float(s.norm())
     error = float(s[kept:].norm()) / norm if norm else 0.0
-    return _split(q_b @ u[:, :kept], s[:kept], (q_a @ v.t()[:, :kept]).t(), error, norm, b.dtype)
+    left, right = q_b @ u[:, :kept], (q_a @ v.t()[:, :kept]).t()
+    return _split(left, s[:kept], right, error, norm, b.dtype, note)
+
+
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Return u, s, v of the thin SVD and a note, also where the usual way does not converge."""
+    attempts: list[tuple[str, Callable[[], tuple[Tensor, Tensor, Tensor]]]] = [
+        ("", lambda: torch.linalg.svd(x, full_matrices=False)),
+        ("in float64", lambda: torch.linalg.svd(x.double(), full_matrices=False)),
+        ("by eigenvalues", lambda: _svd_by_eigenvalues(x.double())),
+    ]
+    if x.is_cuda:
+        slow = (
+            "by gesvd",
+            lambda: torch.linalg.svd(x.double(), full_matrices=False, driver="gesvd"),
+        )
+        attempts.insert(2, slow)
+    for how, attempt in attempts[:-1]:
+        try:
+            u, s, v = attempt()
+        except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]
+            _log.warning("SVD of a %s matrix failed %s: %s", tuple(x.shape), how, exc)
+            continue
+        return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), how and f"SVD repeated {how}"
+    how, attempt = attempts[-1]
+    u, s, v = attempt()
+    return u.to(x.dtype), s.to(x.dtype), v.to(x.dtype), f"SVD repeated {how}"
+
+
+def _svd_by_eigenvalues(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[0] > x.shape[1]:
+        u, s, v = _svd_by_eigenvalues(x.t())
+        return v.t(), s, u.t()
+    values, vectors = torch.linalg.eigh(x @ x.t())
+    s = values.flip(0).clamp(min=0.0).sqrt()
+    u = vectors.flip(1)
+    return u, s, (u.t() @ x) / s.clamp(min=torch.finfo(x.dtype).tiny)[:, None]
 
 
 def _kept(s: Tensor, energy: float, rank: Rank) -> int:
@@ -119,10 +182,10 @@ def _kept(s: Tensor, energy: float, rank: Rank) -> int:
 
 
 def _split(
-    u: Tensor, s: Tensor, v: Tensor, error: float, norm: float, dtype: torch.dtype
+    u: Tensor, s: Tensor, v: Tensor, error: float, norm: float, dtype: torch.dtype, note: str
 ) -> LowRank:
     root = s.sqrt()
-    return LowRank((u * root).to(dtype), (root[:, None] * v).to(dtype), error, norm)
+    return LowRank((u * root).to(dtype), (root[:, None] * v).to(dtype), error, norm, note)
 
 
 def _randomised(
@@ -134,7 +197,7 @@ def _randomised(
     while True:
         q = _range(delta, start, width, generator)
         small = q.t() @ delta
-        u, s, v = torch.linalg.svd(small, full_matrices=False)
+        u, s, v, note = _svd(small)
         found = float(s.double().square().sum())
         if width == limit or not isinstance(rank, float) or found >= rank * energy:
             break
@@ -146,7 +209,8 @@ def _randomised(
     for start_row in range(0, delta.shape[0], step):
         rows = slice(start_row, start_row + step)
         squares += float((delta[rows] - left[rows] @ right).double().square().sum())
-    return _split(left, s[:kept], v[:kept], math.sqrt(squares) / norm, norm, delta.dtype)
+    error = math.sqrt(squares) / norm
+    return _split(left, s[:kept], v[:kept], error, norm, delta.dtype, note)
 
 
 def _range(delta: Tensor, start: Tensor, width: int, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,19 @@
 """Merging methods as plain functions in family rooms; importing this room registers them all.
 
-`linear` and `sparse` are the weight-space families that need nothing but the adapters, `subspace`
-works on singular vectors, `spaces` lends small coordinates to the methods that work entry by entry.
+Sums of whole deltas: `linear`, `angles` (means on the sphere), `depth` (per layer). Entry by entry:
+`sparse` (prune and vote), `compete` (entries judged by all adapters). In joint coordinates:
+`subspace`, `wudi`, `widen`. `spaces` lends small coordinates to the methods that work entry by
+entry, `bank` keeps several adapters in less room. A method reads `stack`s and nothing else.
 """
 
+from . import angles as angles
+from . import compete as compete
+from . import depth as depth
+from . import linear as linear
+from . import sparse as sparse
+from . import subspace as subspace
+from . import widen as widen
+from . import wudi as wudi
 from .registry import MethodInfo as MethodInfo
 from .registry import get_method as get_method
 from .registry import list_methods as list_methods

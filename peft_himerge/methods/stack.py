@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from ..factors import LoraFactors, working_dtype
 
-__all__ = ["Delta", "Dense", "Factored", "Stack", "StackLike", "named_generator"]
+__all__ = ["Delta", "Dense", "Factored", "Result", "Stack", "StackLike", "named_generator"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +59,8 @@ class Dense:
 
 
 Delta = Factored | Dense
+# What a method gives: (module, its merged delta), in the order of the stacks.
+Result = Iterator[tuple[str, Delta]]
 
 
 def named_generator(*key: object) -> torch.Generator:
