@@ -17,7 +17,15 @@ from torch import nn
 from .errors import AdapterError, suggest
 from .factors import Adapter, Kind, LoraFactors
 
-__all__ = ["common_base", "lora_layers", "plain_weight", "read_adapters"]
+__all__ = [
+    "check_config",
+    "check_values",
+    "common_base",
+    "lora_layers",
+    "plain_weight",
+    "read_adapters",
+    "warn_if_zero",
+]
 
 # Config fields that change more than the product B @ A, and what the user can do about each.
 _REFUSED: Mapping[str, str] = MappingProxyType(
@@ -64,7 +72,7 @@ def read_adapters(model: PeftModel, names: Sequence[str]) -> list[Adapter]:
                 f"the model has no adapter {name!r}.{suggest(str(name), model.peft_config)}"
             )
     for name in names:
-        _check_config(name, model.peft_config[name])
+        check_config(name, model.peft_config[name])
     layers = lora_layers(model)
     for module, layer in layers.items():
         if layer.merged:
@@ -75,7 +83,8 @@ def read_adapters(model: PeftModel, names: Sequence[str]) -> list[Adapter]:
     return [_read(name, model.peft_config[name], layers) for name in names]
 
 
-def _check_config(name: str, config: Any) -> None:
+def check_config(name: str, config: Any) -> None:
+    """Refuse a config that says more than plain LoRA, or another PEFT type, by name."""
     if config.peft_type != PeftType.LORA:
         raise AdapterError(
             f"adapter {name!r} is {config.peft_type.value}, only LORA can be merged. PEFT's "
@@ -103,13 +112,18 @@ def _read(name: str, config: Any, layers: Mapping[str, LoraLayer]) -> Adapter:
     settings = {"task_type": config.task_type, "revision": config.revision}
     base = config.base_model_name_or_path
     adapter = Adapter(name, MappingProxyType(factors), base, settings)
+    warn_if_zero(adapter)
+    return adapter
+
+
+def warn_if_zero(adapter: Adapter) -> None:
+    """Warn about an adapter without effect."""
     if adapter.is_zero:
         warnings.warn(
-            f"adapter {name!r} changes nothing (its delta is 0 everywhere): it was never trained, "
-            f"or its weights did not load.",
-            stacklevel=2,
+            f"adapter {adapter.name!r} changes nothing (its delta is 0 everywhere): it was never "
+            f"trained, or its weights did not load.",
+            stacklevel=3,
         )
-    return adapter
 
 
 def _read_layer(name: str, module: str, layer: LoraLayer) -> LoraFactors:
@@ -137,11 +151,12 @@ def _read_layer(name: str, module: str, layer: LoraLayer) -> LoraFactors:
             raise AdapterError(f"{where}: grouped convolutions are not supported.")
         kind, kernel = "conv", tuple(a.shape[2:])
         a, b = a.flatten(1), b.flatten(1)
-    _check_values(where, a, b)
+    check_values(where, a, b)
     return LoraFactors(a.detach(), b.detach(), float(layer.scaling[name]), kind, kernel)
 
 
-def _check_values(where: str, *tensors: torch.Tensor) -> None:
+def check_values(where: str, *tensors: torch.Tensor) -> None:
+    """Refuse factors that are not there or hold NaN or infinity."""
     for tensor in tensors:
         if tensor.is_meta:
             raise AdapterError(f"{where}: the weights are on the meta device; load them first.")

@@ -1,19 +1,30 @@
-"""A base model and adapters from folders, ready to merge."""
+"""Adapters from folders: loaded into a base model, or read from the mapped files without one."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, PeftType
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from .adapters import check_config, check_values, warn_if_zero
 from .errors import AdapterError, ConfigError
+from .factors import Adapter, Kind, LoraFactors
 
-__all__ = ["load_peft_model"]
+__all__ = ["load_peft_model", "read_folder"]
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -62,10 +73,14 @@ def load_peft_model(
 
 
 def _task_type(name: str, folder: Path) -> str:
-    config = folder / "adapter_config.json"
+    return _read_config(name, folder).get("task_type") or "CAUSAL_LM"
+
+
+def _read_config(name: str, folder: Path) -> dict[str, Any]:
+    config = folder / _CONFIG
     if not config.is_file():
         raise AdapterError(f"adapter {name!r}: {str(folder)!r} has no adapter_config.json.")
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / _WEIGHTS).is_file():
         raise AdapterError(
             f"adapter {name!r}: {str(folder)!r} has no adapter_model.safetensors. Pickle files "
             f"are refused because loading one runs code: convert it with save_pretrained()."
@@ -74,4 +89,164 @@ def _task_type(name: str, folder: Path) -> str:
         fields = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as exc:
         raise AdapterError(f"adapter {name!r}: {str(config)!r} is not valid JSON: {exc}.") from exc
-    return fields.get("task_type") or "CAUSAL_LM"
+    if not isinstance(fields, dict):
+        raise AdapterError(f"adapter {name!r}: {str(config)!r} holds no JSON object.")
+    return fields
+
+
+# ------------------------------------------------------------------------- without a base model
+
+# Config fields that say where the factors sit, how they are scaled or how they were trained. Any
+# other field that is set may change what the adapter does, so it is refused by name.
+_HARMLESS = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "r lora_alpha lora_dropout target_modules exclude_modules fan_in_fan_out use_rslora bias "
+    "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
+    "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
+    "runtime_config ensure_weight_tying".split()
+)
+# Initialisations that also change the base weights (PEFT's LoraConfig docs).
+_REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LINEAR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_EMBEDDING = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<side>[AB])")
+_WHAT: Mapping[str, str] = MappingProxyType(
+    {
+        "lora_magnitude_vector": "a DoRA magnitude: DoRA is not scaling * B @ A; train with "
+        "use_dora=False",
+        "lora_B.bias": "a bias of B (lora_bias=True), which is not supported yet",
+        "trainable_tokens": "trained token rows, which are not a low-rank delta",
+        "token_adapter": "trained token rows, which are not a low-rank delta",
+        "modules_to_save": "a full copy of a module, which is not a low-rank delta",
+        "base_layer": "a full weight of the base model; save the adapter again with "
+        "save_embedding_layers=False if that weight was not trained",
+    }
+)
+
+
+def read_folder(name: str, folder: str | Path) -> Adapter:
+    """Return the adapter in `folder` as views of its memory-mapped file.
+
+    Source of names and scalings: PEFT's own layout and rules (`get_peft_model_state_dict`;
+    `LoraModel._create_and_replace` for rank_pattern and alpha_pattern).
+
+    Args:
+        name: what to call it; also in messages.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        AdapterError: the folder is no whole safetensors adapter, is not plain LoRA, contradicts
+            its own config, or holds NaN or infinity.
+    """
+    source = Path(folder)
+    config = _read_config(name, source)
+    _check_fields(name, config)
+    pairs = _pair_up(name, _map_file(name, source / _WEIGHTS))
+    factors = {module: _factors(name, module, *pairs[module], config) for module in sorted(pairs)}
+    settings = {
+        key: config.get(key) for key in ("task_type", "revision", "auto_mapping", "target_modules")
+    }
+    narrowed = any(config.get(k) for k in ("exclude_modules", "layers_to_transform"))
+    settings["whole_names"] = not narrowed
+    base = config.get("base_model_name_or_path")
+    adapter = Adapter(name, MappingProxyType(factors), base, settings)
+    warn_if_zero(adapter)
+    return adapter
+
+
+def _check_fields(name: str, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind not in set(PeftType):
+        raise AdapterError(f"adapter {name!r} has the peft_type {kind!r}, only LORA can be merged.")
+    check_config(name, SimpleNamespace(**{**config, "peft_type": PeftType(kind)}))
+    for field, value in config.items():
+        if value and field not in _HARMLESS:
+            raise AdapterError(
+                f"adapter {name!r} sets {field}={value!r}, with which its delta is not known to be "
+                f"plain scaling * B @ A. Train without it."
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REBASED):
+        raise AdapterError(
+            f"adapter {name!r} was started with init_lora_weights={start!r}, which also changed "
+            f"the base weights. Save it with path_initial_model_for_weight_conversion to get a "
+            f"plain LoRA adapter of the original base."
+        )
+    for field in ("r", "lora_alpha"):
+        value = config.get(field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise AdapterError(f"adapter {name!r}: {field} must be a number > 0, got {value!r}.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise AdapterError(f"adapter {name!r}: {field} must be a table, got {config[field]!r}.")
+
+
+def _map_file(name: str, path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, OSError) as exc:
+        raise AdapterError(
+            f"adapter {name!r}: {str(path)!r} is damaged or no safetensors file ({exc}). Copy or "
+            f"save it again."
+        ) from exc
+
+
+def _pair_up(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, bool]]:
+    """Return module -> (A, B, is an embedding), each key accounted for."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
+    for key, tensor in tensors.items():
+        found = _LINEAR.fullmatch(key) or _EMBEDDING.fullmatch(key)
+        if found is None:
+            what = next((text for part, text in _WHAT.items() if part in key), None)
+            raise AdapterError(
+                f"adapter {name!r}: the file holds {key!r}, "
+                + (f"{what}." if what else "which is no A or B of a LoRA adapter.")
+            )
+        if found.re is _EMBEDDING:
+            embeddings.add(found["module"])
+        sides.setdefault(found["module"], {})[found["side"] + ("e" * (found.re is _EMBEDDING))] = (
+            tensor
+        )
+    if not sides:
+        raise AdapterError(f"adapter {name!r}: the file holds no factors.")
+    pairs = {}
+    for module, pair in sides.items():
+        wanted = ("Ae", "Be") if module in embeddings else ("A", "B")
+        if sorted(pair) != sorted(wanted):
+            raise AdapterError(
+                f"adapter {name!r}, module {module!r}: the file holds {sorted(pair)}, expected "
+                f"one A and one B."
+            )
+        pairs[module] = (pair[wanted[0]], pair[wanted[1]], module in embeddings)
+    return pairs
+
+
+def _factors(
+    name: str, module: str, a: Tensor, b: Tensor, embedding: bool, config: Mapping[str, Any]
+) -> LoraFactors:
+    where = f"adapter {name!r}, module {module!r}"
+    kernel: tuple[int, ...] = ()
+    kind: Kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
+    if embedding:
+        kind = "embedding"
+    if a.ndim != b.ndim or not 2 <= a.ndim <= 5:
+        raise AdapterError(f"{where}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit.")
+    if a.ndim > 2:
+        if any(size != 1 for size in b.shape[2:]) or b.shape[1] != a.shape[0]:
+            raise AdapterError(f"{where}: grouped convolutions are not supported.")
+        kind, kernel = "conv", tuple(a.shape[2:])
+        a, b = a.flatten(1), b.flatten(1)
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(ranks.keys(), module), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
+    if not a.shape[0] == b.shape[1] == rank:
+        raise AdapterError(
+            f"{where}: A {tuple(a.shape)} and B {tuple(b.shape)} have the ranks {a.shape[0]} and "
+            f"{b.shape[1]}, its config says {rank}. The file and the config do not belong together."
+        )
+    if not a.is_floating_point() or not b.is_floating_point():
+        raise AdapterError(f"{where}: the factors are {a.dtype} and {b.dtype}, not floats.")
+    check_values(where, a, b)
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraFactors(a, b, float(scaling), kind, kernel)
