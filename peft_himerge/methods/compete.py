@@ -60,8 +60,8 @@ def _erasing(
         merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
         for x, w in zip(kept, shares, strict=True):
             agrees = x.sign() == sign
-            merged += x * agrees * w
-            share += agrees * w
+            merged.add_(x * agrees, alpha=w)
+            share.add_(agrees, alpha=w)
         return merged / share.clamp(min=1e-6) * lam
 
     return merge

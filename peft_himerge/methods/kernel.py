@@ -122,7 +122,7 @@ def _combine(blocks: Blocks, weights: Sequence[float], vote: Vote | None, tie: f
             merged = torch.where(agrees & (x.abs() > merged.abs()), x, merged)
             continue
         merged += x * agrees
-        share += agrees * (w if vote.merge == "weight" else 1.0)
+        share.add_(agrees, alpha=w if vote.merge == "weight" else 1.0)
     if vote.merge == "count":
         return merged / share.clamp(min=1.0)
     if vote.merge == "weight":
