@@ -11,9 +11,11 @@ import json
 import math
 import os
 import struct
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import common_base, lora_layers
-from .combine import Combiner, add_to_weight
+from .combine import Combiner, Term, add_to_weight
 from .errors import ConfigError, ExportError, PlanError
 from .lowrank import LowRank, Rank, low_rank
 from .plan import MergePlan
+from .threads import spread
 
 __all__ = [
+    "WEIGHTS",
     "add_adapter",
     "approximate",
+    "iter_approximate",
     "merge_in_place",
     "save_adapter",
     "save_checkpoint",
+    "write_factors",
     "write_text",
 ]
 
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+_DENSE_ENTRIES = 1 << 28  # of the dense deltas held at once: 1 GB of float32
 
 
 def approximate(combiner: Combiner, plan: MergePlan, rank: Rank) -> dict[str, LowRank]:
@@ -50,12 +57,28 @@ def approximate(combiner: Combiner, plan: MergePlan, rank: Rank) -> dict[str, Lo
         rank: see `HiMergeConfig.rank`; "auto" is "exact" for an unpruned plan, otherwise the
             largest sum of the sources' ranks in any module.
     """
+    return dict(iter_approximate(combiner, plan, rank))
+
+
+def iter_approximate(
+    combiner: Combiner, plan: MergePlan, rank: Rank
+) -> Iterator[tuple[str, LowRank]]:
+    """Yield (module, exported factors) module by module; see `approximate`.
+
+    Modules are spread over the cores, as many at a time as have room for their dense deltas.
+    """
     if rank == "auto":
         rank = "exact" if not plan.pruned else _sum_of_ranks(combiner, plan)
-    return {
-        module: low_rank(combiner, module, combiner.terms(plan, module), rank)
-        for module in combiner.modules
-    }
+    limit: Rank = rank
+    todo = [(module, combiner.terms(plan, module)) for module in combiner.modules]
+
+    def work(item: tuple[str, Sequence[Term]]) -> tuple[str, LowRank]:
+        return item[0], low_rank(combiner, *item, limit)
+
+    dense = [math.prod(combiner.shape(m)) for m, terms in todo if any(t.cut > 0.0 for t in terms)]
+    most = max(1, _DENSE_ENTRIES // max(dense, default=1))
+    on_host = all(f.b.device.type == "cpu" for m, ts in todo for f, _ in combiner.factors(m, ts))
+    yield from spread(work, todo, most=most if on_host else 1)
 
 
 def _sum_of_ranks(combiner: Combiner, plan: MergePlan) -> int:
@@ -177,12 +200,92 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     (target / "adapter_config.json").unlink(missing_ok=True)
-    with _replacing(target / _WEIGHTS) as beside:
+    with _replacing(target / WEIGHTS) as beside:
         save_file(tensors, str(beside), metadata={"format": "pt"})
     fields = model.peft_config[name].to_dict()
     text = json.dumps(fields, indent=2, sort_keys=True, default=_plain)
     write_text(target / "adapter_config.json", text + "\n")
     return target
+
+
+def write_factors(
+    path: Path, combiner: Combiner, parts: Iterable[tuple[str, LowRank]]
+) -> tuple[int, tuple[tuple[str, LowRank], ...]]:
+    """Write A and B of every module in PEFT's layout, without holding them all.
+
+    Args:
+        path: the file, replaced at once when it is whole.
+        combiner: knows kinds, shapes and dtypes.
+        parts: module -> factors, taken one by one.
+
+    Returns:
+        The uniform rank, and per module its `LowRank` without the values.
+    """
+    done: list[tuple[str, LowRank]] = []
+    where: dict[str, int] = {}
+    # The common rank is known at the end only, so the factors wait in a file without a name.
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        for module, part in parts:
+            where[module] = spool.tell()
+            for factor in (part.b, part.a):
+                raw = factor.to(_dtype(combiner, module)).contiguous().flatten()
+                spool.write(raw.view(torch.uint8).cpu().numpy().data)
+            empty = replace(part, b=part.b[:0].clone(), a=part.a[:, :0].clone())
+            done.append((module, empty))
+        rank = max(1, *(part.rank for _, part in done))
+        ranks = {module: part.rank for module, part in done}
+        entries = [e for module, _ in done for e in _entries(combiner, module, rank)]
+        # Wide dtypes first, so that every tensor is aligned to its own size.
+        entries.sort(key=lambda e: -e.dtype.itemsize)
+
+        def tensor(key: str) -> Tensor:
+            entry = by_key[key]
+            out, width = combiner.shape(entry.module)
+            own, size = ranks[entry.module], entry.dtype.itemsize
+            rows, columns, at = (out, own, 0) if entry.side == "B" else (own, width, out * own)
+            spool.seek(where[entry.module] + at * size)
+            raw = bytearray(spool.read(rows * columns * size))
+            if not raw:
+                return torch.zeros(entry.shape, dtype=entry.dtype)
+            value = torch.frombuffer(raw, dtype=entry.dtype).view(rows, columns)
+            missing = rank - own
+            padding = (0, missing) if entry.side == "B" else (0, 0, 0, missing)
+            return torch.nn.functional.pad(value, padding)
+
+        by_key = {e.key: e for e in entries}
+        layout = {e.key: (_CODES[e.dtype], list(e.shape)) for e in entries}
+        with _replacing(path) as beside:
+            _stream(beside, layout, tensor, {"format": "pt"})
+    return rank, tuple(done)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of an adapter file."""
+
+    key: str
+    module: str
+    side: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _entries(combiner: Combiner, module: str, rank: int) -> tuple[_Entry, _Entry]:
+    out, width = combiner.shape(module)
+    some = next(a.factors[module] for a in combiner.adapters.values() if module in a.factors)
+    stem, tail = f"base_model.model.{module}.lora_", ".weight"
+    if some.kind == "embedding":
+        stem, tail = f"{stem}embedding_", ""
+    a: tuple[int, ...] = (rank, width)
+    b: tuple[int, ...] = (out, rank)
+    if some.kind == "conv":
+        a = (rank, width // math.prod(some.kernel), *some.kernel)
+        b = (out, rank, *(1 for _ in some.kernel))
+    dtype = _dtype(combiner, module)
+    return (
+        _Entry(f"{stem}A{tail}", module, "A", a, dtype),
+        _Entry(f"{stem}B{tail}", module, "B", b, dtype),
+    )
 
 
 def _plain(value: object) -> object:
@@ -299,6 +402,7 @@ def _refuse_tied(source: Path, where: Mapping[str, str], keys: Mapping[str, Path
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 _BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def _stream(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .plan import MergePlan
 from .scoring import Score
 from .search import Trial
 
-__all__ = ["MergeResult", "ModuleError"]
+__all__ = ["MergeResult", "ModuleError", "relative_error", "versions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,7 @@ class MergeResult:
     @property
     def export_error(self) -> float:
         """Relative Frobenius error of the exported adapter over all modules together."""
-        total = sum(m.norm**2 for m in self.modules)
-        lost = sum((m.error * m.norm) ** 2 for m in self.modules)
-        return (lost / total) ** 0.5 if total else 0.0
+        return relative_error(self.modules)
 
     @property
     def export_drop(self) -> float | None:
@@ -189,10 +187,22 @@ class MergeResult:
                 ],
             },
             "cost": {"scores": self.scores_computed, "seconds": self.seconds},
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": peft.__version__,
-            },
+            "versions": versions(),
         }
+
+
+def relative_error(modules: Sequence[ModuleError]) -> float:
+    """Return the relative Frobenius error over all modules together; 0 for a zero delta."""
+    total = sum(m.norm**2 for m in modules)
+    lost = sum((m.error * m.norm) ** 2 for m in modules)
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a report names."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }

@@ -1,0 +1,284 @@
+"""From adapter folders to an adapter folder, without a base model: for merges that need no score.
+
+Factors are views of the mapped files, one module's delta exists per core, and what is written
+streams module by module. The arithmetic is that of the live path (`combine`, `lowrank`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import export, report
+from .adapters import common_base
+from .combine import Combiner
+from .config import HiMergeConfig
+from .errors import AdapterError, ConfigError, PlanError, suggest
+from .factors import Adapter
+from .folders import read_folder
+from .plan import DROP, MergePlan
+from .result import ModuleError, relative_error, versions
+
+__all__ = ["FolderMerge", "merge_folders"]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderMerge:
+    """A finished merge from folder to folder.
+
+    Attributes:
+        folder: where the adapter, plan.json, report.json, report.md and README.md are.
+        adapter_name: its name in the report and the model card.
+        plan: what was merged; `apply_plan` replays it on a live model.
+        rank: the exported adapter's rank.
+        modules: per-module export error.
+        seconds: wall time of the whole call.
+        peak_bytes: the most memory the process has held so far, mapped files included; None where
+            the system does not tell.
+    """
+
+    folder: Path
+    adapter_name: str
+    plan: MergePlan
+    rank: int
+    modules: tuple[ModuleError, ...]
+    seconds: float
+    peak_bytes: int | None
+
+    @property
+    def export_error(self) -> float:
+        """Relative Frobenius error of the exported adapter over all modules together."""
+        return relative_error(self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of report.json; as `MergeResult.to_dict`, without what was scored."""
+        rows = [
+            {"module": m.module, "rank": m.rank, "relative_error": m.error} for m in self.modules
+        ]
+        exported = {"rank": self.rank, "relative_error": self.export_error, "drop": None}
+        return {
+            "format": "peft_himerge.report/1",
+            "adapter_name": self.adapter_name,
+            "plan": self.plan.to_dict(),
+            "scores": {},
+            "standard_errors": {},
+            "metrics": {},
+            "contributions": [],
+            "conflicts": [],
+            "search": [],
+            "export": {**exported, "modules": rows},
+            "cost": {"scores": 0, "seconds": self.seconds, "peak_bytes": self.peak_bytes},
+            "versions": versions(),
+        }
+
+
+def merge_folders(
+    adapters: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    plan: MergePlan | None = None,
+    config: HiMergeConfig | None = None,
+    adapter_name: str = "merged",
+    strict_base: bool = True,
+) -> FolderMerge:
+    """Merge adapters from folders into one adapter folder, without loading the base model.
+
+    Nothing is scored, so nothing can be searched or analysed: either a plan says what to do, or
+    `config` gives density and scale as numbers, and the merge is the paper's initial one (pruned
+    and scaled deltas, summed; DESIGN 1.1 and 1.2).
+
+    Args:
+        adapters: name -> folder in PEFT's layout, at least one. Their order does not matter.
+        out: folder to write; files of the same names are replaced when the new ones are whole.
+        plan: from `MergeResult.plan` or `MergePlan.from_json`; must merge exactly `adapters`.
+        config: density, scale, prune_scope and rank are read; with a plan, rank alone.
+        adapter_name: what report and model card call the result.
+        strict_base: refuse adapters that name different base models.
+
+    Returns:
+        A `FolderMerge`. Load the adapter with ``PeftModel.from_pretrained(base, out)``.
+
+    Raises:
+        ConfigError: an argument is not allowed, or a number is missing.
+        AdapterError: an adapter cannot be merged exactly; see `read_folder`.
+        PlanError: the plan was made for other adapters or other weights.
+    """
+    start = time.perf_counter()
+    target = Path(out)
+    _check_arguments(adapters, target, plan, config)
+    config = config or HiMergeConfig(density=1.0, scale=1.0)
+    read = [read_folder(name, folder) for name, folder in adapters.items()]
+    if strict_base:
+        common_base(read)
+    _check_shapes(read)
+    combiner = Combiner(read)
+    if plan is None:
+        edits = {a.name: DROP if a.is_zero else config.model_wise_edit(a.name) for a in read}
+        plan = combiner.plan(edits, prune_scope=config.prune_scope)
+    else:
+        combiner.check(plan)
+    return _write(combiner, plan, config, target, adapter_name, start)
+
+
+def _check_arguments(
+    adapters: Mapping[str, str | Path],
+    target: Path,
+    plan: MergePlan | None,
+    config: HiMergeConfig | None,
+) -> None:
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise ConfigError(f"adapters must map at least one name to a folder, got {adapters!r}.")
+    for name, folder in adapters.items():
+        if target.resolve() == Path(folder).resolve():
+            raise ConfigError(f"out is the folder of adapter {name!r}; choose another.")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"out {str(target)!r} is a file; give a folder.")
+    if plan is None:
+        if config is None or config.searches():
+            raise ConfigError(
+                "without eval functions nothing can be searched: give density and scale as "
+                "numbers, e.g. HiMergeConfig(density=0.3, scale=0.9), or a plan."
+            )
+        config.check_names(list(adapters), list(adapters))
+        return
+    if not plan.adapters:
+        raise ConfigError("the plan merges no adapter: it is the base model's.")
+    for name in adapters:
+        if name not in plan.adapters:
+            raise PlanError(
+                f"the plan does not merge the adapter {name!r}.{suggest(name, plan.adapters)}"
+            )
+
+
+def _check_shapes(adapters: Sequence[Adapter]) -> None:
+    first: dict[str, Adapter] = {}
+    for adapter in adapters:
+        for module, factors in adapter.factors.items():
+            other = first.setdefault(module, adapter)
+            known = other.factors[module]
+            if known.shape != factors.shape or known.kernel != factors.kernel:
+                raise AdapterError(
+                    f"module {module!r}: the delta of adapter {adapter.name!r} has the shape "
+                    f"{factors.shape}, that of {other.name!r} {known.shape}. They are adapters of "
+                    f"different base models."
+                )
+            if (known.kind == "embedding") != (factors.kind == "embedding"):
+                raise AdapterError(
+                    f"module {module!r} is an embedding for one of the adapters "
+                    f"{adapter.name!r}, {other.name!r} and not for the other."
+                )
+
+
+def _write(
+    combiner: Combiner,
+    plan: MergePlan,
+    config: HiMergeConfig,
+    target: Path,
+    adapter_name: str,
+    start: float,
+) -> FolderMerge:
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    try:
+        parts = export.iter_approximate(combiner, plan, config.rank)
+        rank, done = export.write_factors(beside / export.WEIGHTS, combiner, parts)
+        modules = tuple(ModuleError(m, p.rank, p.error, p.norm) for m, p in done)
+        fields = _fields(combiner, rank)
+        text = json.dumps(fields, indent=2, sort_keys=True)
+        export.write_text(beside / "adapter_config.json", text + "\n")
+        export.write_text(beside / "plan.json", plan.to_json())
+        merge = FolderMerge(
+            target, adapter_name, plan, rank, modules, time.perf_counter() - start, _peak()
+        )
+        facts = merge.to_dict()
+        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+        export.write_text(beside / "report.json", text + "\n")
+        export.write_text(beside / "report.md", report.render_markdown(facts))
+        card = report.render_card(facts, fields["base_model_name_or_path"])
+        export.write_text(beside / "README.md", card)
+        _put_in_place(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return merge
+
+
+def _put_in_place(beside: Path, target: Path) -> None:
+    """Move the finished files to `target`; a folder with a config is always a whole adapter."""
+    config = "adapter_config.json"
+    if not target.exists():
+        beside.chmod(0o755)  # mkdtemp made it private
+        beside.replace(target)
+        return
+    (target / config).unlink(missing_ok=True)
+    for path in sorted(beside.iterdir(), key=lambda p: p.name == config):
+        path.replace(target / path.name)
+
+
+def _fields(combiner: Combiner, rank: int) -> dict[str, Any]:
+    """Return the portable config: only fields that PEFT has had for years (NEEDS part 4)."""
+    adapters = list(combiner.adapters.values())
+    kinds = {f.kind for a in adapters for f in a.factors.values()}
+    return {
+        "peft_type": "LORA",
+        "task_type": _agreed(adapters, "task_type"),
+        "auto_mapping": _agreed(adapters, "auto_mapping"),
+        "base_model_name_or_path": _agreed_base(adapters),
+        "revision": _agreed(adapters, "revision"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": _targets(adapters),
+        "fan_in_fan_out": "conv1d" in kinds,
+        "bias": "none",
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
+    values = [a.settings.get(key) for a in adapters]
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _agreed_base(adapters: Sequence[Adapter]) -> str | None:
+    named = {a.base for a in adapters if a.base}
+    return named.pop() if len(named) == 1 else None
+
+
+def _targets(adapters: Sequence[Adapter]) -> list[str]:
+    """Return last components where a source shows that they pick no other module; else paths.
+
+    A source that targets the bare name "q_proj" without narrowing has a delta for every q_proj of
+    the model, so the name means the same modules in the merged adapter.
+    """
+    safe: set[str] = set()
+    for adapter in adapters:
+        names = adapter.settings.get("target_modules")
+        if adapter.settings.get("whole_names") and isinstance(names, list):
+            safe.update(name for name in names if "." not in name)
+    modules = {module for adapter in adapters for module in adapter.factors}
+    short = {module.rpartition(".")[2] for module in modules}
+    return sorted(short if short <= safe else modules)
+
+
+def _peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
