@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -49,12 +49,16 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return {name: m for name, m in inner.named_modules() if isinstance(m, LoraLayer)}
 
 
-def read_adapters(model: PeftModel, names: Sequence[str]) -> list[Adapter]:
+def read_adapters(
+    model: PeftModel, names: Sequence[str], *, carried: Collection[str] = ()
+) -> list[Adapter]:
     """Return the named adapters of `model` as views of its live parameters.
 
     Args:
         model: a PeftModel that holds the adapters, none of them merged into the weights.
         names: at least one adapter name, each once.
+        carried: config fields that are not refused, because the caller takes care of what they
+            stand for (`carried`).
 
     Raises:
         AdapterError: an adapter is not there, is not plain LoRA, holds NaN or infinity, or is
@@ -72,7 +76,7 @@ def read_adapters(model: PeftModel, names: Sequence[str]) -> list[Adapter]:
                 f"the model has no adapter {name!r}.{suggest(str(name), model.peft_config)}"
             )
     for name in names:
-        check_config(name, model.peft_config[name])
+        check_config(name, model.peft_config[name], carried)
     layers = lora_layers(model)
     for module, layer in layers.items():
         if layer.merged:
@@ -80,10 +84,10 @@ def read_adapters(model: PeftModel, names: Sequence[str]) -> list[Adapter]:
                 f"module {module!r} has adapters {layer.merged_adapters} merged into its weight. "
                 f"Call model.unmerge_adapter() first."
             )
-    return [_read(name, model.peft_config[name], layers) for name in names]
+    return [_read(name, model.peft_config[name], layers, carried) for name in names]
 
 
-def check_config(name: str, config: Any) -> None:
+def check_config(name: str, config: Any, carried: Collection[str] = ()) -> None:
     """Refuse a config that says more than plain LoRA, or another PEFT type, by name."""
     if config.peft_type != PeftType.LORA:
         raise AdapterError(
@@ -92,7 +96,7 @@ def check_config(name: str, config: Any) -> None:
         )
     for field, reason in _REFUSED.items():
         value = getattr(config, field, None)
-        if value:
+        if value and field not in carried:
             raise AdapterError(f"adapter {name!r} uses {field}={value!r}: {reason}.")
     if getattr(config, "bias", "none") != "none":
         raise AdapterError(
@@ -101,9 +105,11 @@ def check_config(name: str, config: Any) -> None:
         )
 
 
-def _read(name: str, config: Any, layers: Mapping[str, LoraLayer]) -> Adapter:
+def _read(
+    name: str, config: Any, layers: Mapping[str, LoraLayer], carried: Collection[str]
+) -> Adapter:
     factors = {
-        module: _read_layer(name, module, layer)
+        module: _read_layer(name, module, layer, carried)
         for module, layer in sorted(layers.items())
         if name in layer.scaling
     }
@@ -126,17 +132,18 @@ def warn_if_zero(adapter: Adapter) -> None:
         )
 
 
-def _read_layer(name: str, module: str, layer: LoraLayer) -> LoraFactors:
+def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[str]) -> LoraFactors:
     where = f"adapter {name!r}, module {module!r}"
     if isinstance(layer, (MultiheadAttention, ParamWrapper)):
         raise AdapterError(f"{where}: {type(layer).__name__} is not supported; target nn.Linear.")
-    if name in layer.lora_variant:
-        variant = type(layer.lora_variant[name]).__name__
+    variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else ""
+    activated = variant.startswith("ALora") and "alora_invocation_tokens" in carried
+    if variant and not activated:
         raise AdapterError(
             f"{where}: {variant} is not plain LoRA, its delta is not scaling * B @ A. Train with "
             f"use_dora=False and no other variant."
         )
-    if layer.lora_bias.get(name):
+    if layer.lora_bias.get(name) and "lora_bias" not in carried:
         raise AdapterError(f"{where}: lora_bias=True is not supported yet; train without it.")
     base = layer.get_base_layer()
     kernel: tuple[int, ...] = ()
