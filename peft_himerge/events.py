@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .conflict import Resolution
 from .contribution import Contributions
@@ -14,14 +15,35 @@ from .plan import MergePlan
 from .scoring import Score
 
 __all__ = [
+    "AdapterSaved",
     "ContributionsMeasured",
     "Event",
     "LayerResolved",
     "Listener",
     "MergeFinished",
     "MergeStarted",
+    "RoundStarted",
     "StateScored",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStarted:
+    """A merge during training begins; the merge's own events follow.
+
+    Attributes:
+        round: number of the round, from 1; it goes on counting after a resume.
+        trigger: what asked for it: "evaluate", "save", "train_end" or "now".
+        global_step: the optimizer step of the training run, or None outside of one.
+        epoch: the epoch of the training run, or None.
+        best_score: the best score of the rounds before, or None in the first one.
+    """
+
+    round: int
+    trigger: str
+    global_step: int | None = None
+    epoch: float | None = None
+    best_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,5 +111,21 @@ class MergeFinished:
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-Event = MergeStarted | StateScored | ContributionsMeasured | LayerResolved | MergeFinished
+@dataclass(frozen=True, slots=True)
+class AdapterSaved:
+    """The merged adapter of the last `MergeFinished` was written to `folder`."""
+
+    folder: Path
+    plan: MergePlan
+
+
+Event = (
+    MergeStarted
+    | StateScored
+    | ContributionsMeasured
+    | LayerResolved
+    | MergeFinished
+    | RoundStarted
+    | AdapterSaved
+)
 Listener = Callable[[Event], None]

@@ -1,0 +1,69 @@
+"""Adapters from folders, in a live model for a while, and gone again without a trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftModel
+
+from .adapters import lora_layers
+from .errors import AdapterError
+
+__all__ = ["check_folder", "guests"]
+
+_RECORDS = ("targeted_module_names", "targeted_parameter_names")
+
+
+def check_folder(name: str, folder: str | Path) -> None:
+    """Refuse a folder that holds no safetensors LoRA adapter, before any training time is spent.
+
+    Raises:
+        AdapterError: a file is missing or unreadable, or the adapter is not LoRA.
+    """
+    config, weights = Path(folder) / "adapter_config.json", "adapter_model.safetensors"
+    if not config.is_file():
+        raise AdapterError(f"adapter {name!r}: {str(folder)!r} has no adapter_config.json.")
+    if not (Path(folder) / weights).is_file():
+        raise AdapterError(
+            f"adapter {name!r}: {str(folder)!r} has no {weights}. Pickle files are refused because "
+            f"loading one runs code: convert it with save_pretrained()."
+        )
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as exc:
+        raise AdapterError(f"adapter {name!r}: {str(config)!r} is not valid JSON: {exc}.") from exc
+    if kind != "LORA":
+        raise AdapterError(f"adapter {name!r} is {kind}, only LORA can be merged.")
+
+
+@contextmanager
+def guests(model: PeftModel, folders: Mapping[str, str | Path]) -> Iterator[None]:
+    """Load adapters into `model`, frozen and not active, for as long as the context lasts.
+
+    Modules that only a guest adapts are wrapped by PEFT meanwhile; they are unwrapped again, so
+    the model ends with the modules it had. The caller keeps flags, active adapters and random
+    states (`probe.preserved`).
+
+    Args:
+        model: holds no adapter of these names.
+        folders: adapter name -> its folder.
+    """
+    tuner = model.base_model
+    at_home = set(lora_layers(model))
+    records = {name: list(getattr(tuner, name)) for name in _RECORDS if hasattr(tuner, name)}
+    try:
+        for name, folder in folders.items():
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        yield
+    finally:
+        for name in folders:
+            if name in model.peft_config:
+                model.delete_adapter(name)
+        for module, layer in lora_layers(model).items():
+            if module not in at_home:
+                tuner.model.set_submodule(module, layer.get_base_layer())
+        for name, value in records.items():
+            setattr(tuner, name, value)
