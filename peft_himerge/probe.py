@@ -348,4 +348,7 @@ class Probe:
         return read_score(raw, task)
 
     def _versions(self) -> dict[str, tuple[int, int]]:
-        return {name: (id(p), p._version) for name, p in self.model.named_parameters()}
+        # An offloaded weight is on the meta device between forward calls: a new object every time.
+        return {
+            name: (id(p), p._version) for name, p in self.model.named_parameters() if not p.is_meta
+        }
