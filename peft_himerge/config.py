@@ -36,7 +36,10 @@ class HiMergeConfig(BaseModel):
         reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
             merged contribution again with the edits made so far.
         accept: "always" keeps every edit (paper); "no_regression" keeps an edit only if the mean
-            score over all tasks, guard tasks included, does not fall.
+            score over all tasks, guard tasks included, does not fall; "best" (ours) also tries
+            milder and stronger scales of one adapter at a time, and keeps the best of all, if the
+            mean score does not fall. The last two are never worse than the model-wise merge on
+            the data the eval functions look at.
         partial_target: who is pruned in a partial conflict: the "degrader", which loses nothing
             itself (default), or the "degraded", which loses.
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
@@ -68,7 +71,7 @@ class HiMergeConfig(BaseModel):
     search: Literal["coarse", "grid"] = "coarse"
     search_target: Literal["own", "merged"] = "own"
     reanalyze: Literal["once", "each"] = "once"
-    accept: Literal["always", "no_regression"] = "always"
+    accept: Literal["always", "no_regression", "best"] = "always"
     partial_target: Literal["degrader", "degraded"] = "degrader"
     normalize: Literal["none", "gain"] = "none"
     tolerance: float | str = 0.0

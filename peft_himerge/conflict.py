@@ -23,7 +23,16 @@ from .config import HiMergeConfig
 from .contribution import Contribution
 from .plan import DROP, IDENTITY, Edit, MergePlan
 
-__all__ = ["Conflict", "ConflictKind", "Resolution", "find", "rank", "resolve"]
+__all__ = [
+    "GRADES",
+    "Conflict",
+    "ConflictKind",
+    "Resolution",
+    "find",
+    "options",
+    "rank",
+    "resolve",
+]
 
 
 class ConflictKind(str, Enum):
@@ -63,7 +72,8 @@ class Resolution:
     Attributes:
         conflict: the conflict.
         edits: adapter -> the layer-wise edit that was proposed; {} for a mutual layer.
-        accepted: False if the edit was undone (`accept="no_regression"`) or there was none.
+        accepted: False if the edit was undone (the mean score would have fallen) or
+            there was none.
         before: task -> score before the edit; {} if it was not measured.
         after: task -> score after the edit; {} if it was not measured.
     """
@@ -114,6 +124,28 @@ def find(
 def rank(conflicts: Sequence[Conflict]) -> tuple[Conflict, ...]:
     """Return the conflicts in descending Gamma; equal ones stay in the order of their layers."""
     return tuple(sorted(conflicts, key=lambda conflict: -conflict.Gamma))
+
+
+# Factors on one adapter's scale in one layer that accept="best" tries beside the paper's edit.
+GRADES = (0.0, 0.5, 1.5)
+
+
+def options(conflict: Conflict, plan: MergePlan, config: HiMergeConfig) -> list[dict[str, Edit]]:
+    """Return the edits that may treat `conflict`, the paper's first.
+
+    With ``accept="best"`` (ours) a severe or partial conflict may also be treated by degrees: one
+    adapter's scale in this layer times each of `GRADES`. All-or-nothing edits of one layer often
+    cost one task more than they win for the other.
+    """
+    found = [resolve(conflict, plan, config)]
+    if config.accept == "best" and conflict.kind is not ConflictKind.MUTUAL:
+        found += [
+            {name: Edit(edit.density, edit.scale * grade)}
+            for name, edit in plan.edits[conflict.layer].items()
+            for grade in GRADES
+            if not edit.drops
+        ]
+    return found
 
 
 def resolve(conflict: Conflict, plan: MergePlan, config: HiMergeConfig) -> dict[str, Edit]:

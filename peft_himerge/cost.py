@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .config import HiMergeConfig
+from .conflict import GRADES
 from .contribution import states
 from .layers import OUTSIDE
 from .plan import DROP, Edit, MergePlan
@@ -175,7 +176,7 @@ def estimate(
         wanted = [request for task in own for request in states(task, plan, list(layers))]
         steps.append(walk.take("analysis", "analysis", wanted))
         steps.append(walk.at_most("repair", "repair", _repaired(layers, own, tasks, config), tasks))
-    known = len(own) < 2 or config.accept == "no_regression"
+    known = len(own) < 2 or config.accept != "always"
     steps.append(walk.at_most("merged", "states", 0 if known else len(tasks)))
     steps.append(walk.at_most("exported", "export", len(tasks)))
     return Cost(tuple(steps))
@@ -199,12 +200,14 @@ def _repaired(
     """Return the most scores the repair takes.
 
     Each layer is edited once. What is known already is not paid for: before the first edit the
-    plan is the model-wise one, and with accept="no_regression" every plan was scored when it was
+    plan is the model-wise one, and unless accept="always" every plan was scored when it was
     accepted.
     """
     edited = sum(any(name in own for name in holders) for holders in layers.values())
-    checked = config.accept == "no_regression"
+    checked = config.accept != "always"
     scores = edited * len(tasks) if checked else 0
+    if config.accept == "best":
+        scores += len(GRADES) * len(tasks) * sum(len(holders) for holders in layers.values())
     if config.reanalyze == "each":
         scores += (len(layers) - 1) * len(own) * (1 if checked else 2)
     return scores

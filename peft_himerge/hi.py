@@ -441,27 +441,31 @@ class _Run:
                 ]
                 holders = self.plan.edits[conflict.layer]
                 conflict = conflicts.find(rows, self.config, gains, holders)
-            edits = conflicts.resolve(conflict, self.plan, self.config)
-            resolution = self._apply(engine, conflict, edits)
+            resolution = self._treat(engine, conflict)
             self.resolutions.append(resolution)
             self.emit(LayerResolved(resolution, self.plan))
 
-    def _apply(
-        self, engine: Engine, conflict: conflicts.Conflict, edits: Mapping[str, Edit]
-    ) -> Resolution:
-        edited = self.plan
-        for name, edit in edits.items():
-            edited = edited.with_edit(conflict.layer, name, edit)
-        if edited.fingerprint == self.plan.fingerprint:
-            return Resolution(conflict, edits, accepted=bool(edits))
+    def _treat(self, engine: Engine, conflict: conflicts.Conflict) -> Resolution:
+        """Edit one layer, or leave it, as config.accept says; the plan is the new one."""
+        options = conflicts.options(conflict, self.plan, self.config)
+        plans = [self.plan.with_edits(conflict.layer, edits) for edits in options]
+        changes = [plan.fingerprint != self.plan.fingerprint for plan in plans]
+        if not any(changes):
+            return Resolution(conflict, options[0], accepted=bool(options[0]))
         if self.config.accept == "always":
-            self.plan = edited
-            return Resolution(conflict, edits, accepted=True)
-        before, after = self._scores(engine, self.plan), self._scores(engine, edited)
-        accepted = _mean(after) >= _mean(before)
+            self.plan = plans[0]
+            return Resolution(conflict, options[0], accepted=True)
+        self._ask(engine, list(self.tasks), self.plan, *plans)
+        before = self._scores(engine, self.plan)
+        after = [self._scores(engine, plan) for plan in plans]
+        # Of equal ones the first: the paper's own edit stands before the graded ones.
+        best_at = max(range(len(plans)), key=lambda i: (_mean(after[i]), -i))
+        accepted = _mean(after[best_at]) >= _mean(before)
         if accepted:
-            self.plan = edited
-        return Resolution(conflict, edits, accepted, _values(before), _values(after))
+            self.plan = plans[best_at]
+        return Resolution(
+            conflict, options[best_at], accepted, _values(before), _values(after[best_at])
+        )
 
     def score_export(self, engine: Engine, name: str) -> None:
         """Score the exported adapter and refuse it if it lost too much (DESIGN 4.4)."""

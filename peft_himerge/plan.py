@@ -171,6 +171,13 @@ class MergePlan:
         rows[layer] = {**self.edits[layer], adapter: edit}
         return replace(self, edits=rows)
 
+    def with_edits(self, layer: str, edits: Mapping[str, Edit]) -> MergePlan:
+        """Return this plan with other layer-wise edits of some adapters in `layer`."""
+        plan = self
+        for adapter, edit in edits.items():
+            plan = plan.with_edit(layer, adapter, edit)
+        return plan
+
     def with_adapter(self, adapter: str, edit: Edit) -> MergePlan:
         """Return this plan with another model-wise edit of `adapter`."""
         self._known(adapter, self.adapters, "adapter")

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .conflict import ConflictKind, Resolution
+from .plan import IDENTITY
 
 __all__ = ["conflict_record", "describe_edit", "render_card", "render_markdown", "score_rows"]
 
@@ -17,7 +18,7 @@ def describe_edit(resolution: Resolution) -> str:
     conflict = resolution.conflict
     if conflict.kind is ConflictKind.MUTUAL or not resolution.edits:
         return "left alone"
-    if conflict.kind is ConflictKind.SEVERE:
+    if conflict.winner and resolution.edits.get(conflict.winner) == IDENTITY:
         text = f"kept only {conflict.winner}"
     else:
         text = ", ".join(

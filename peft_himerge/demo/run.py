@@ -29,8 +29,16 @@ from peft_himerge.progress import ProgressBar
 from peft_himerge.result import MergeResult
 from peft_himerge.scoring import Score, Task, read_score
 
-__all__ = ["run"]
+__all__ = ["CONFIG", "run"]
 
+# Smooth scores for the analysis; density and scale chosen on the merged model; every layer measured
+# again before its repair; a repair stays only if the mean score on the validation rows holds.
+CONFIG = HiMergeConfig(
+    metric="log_likelihood",
+    search_target="merged",
+    reanalyze="each",
+    accept="no_regression",
+)
 _NAMES = {
     "base": "base model",
     "en": "en alone",
@@ -83,7 +91,7 @@ def run(
             sorted(folders),
             validation,
             adapter_name="merged",
-            config=HiMergeConfig(metric="log_likelihood"),
+            config=CONFIG,
             callbacks=[bar],
         )
     print_conflicts(console, result)
