@@ -89,15 +89,29 @@ def _sum_of_ranks(combiner: Combiner, plan: MergePlan) -> int:
 
 
 def add_adapter(
-    model: PeftModel, name: str, combiner: Combiner, parts: Mapping[str, LowRank]
+    model: PeftModel,
+    name: str,
+    combiner: Combiner,
+    parts: Mapping[str, LowRank],
+    *,
+    least_rank: int = 1,
+    settings: Mapping[str, object] | None = None,
 ) -> int:
     """Add the factors to `model` as a frozen, inactive adapter; return its (uniform) rank.
 
     The caller keeps flags and RNG states (`probe.preserved`). If anything fails, the adapter is
     taken out again.
+
+    Args:
+        model: the user's model.
+        name: name of the new adapter; must be free.
+        combiner: knows the sources: kinds, dtypes, task type.
+        parts: module path -> its factors.
+        least_rank: pad with zeros up to this rank.
+        settings: further fields of the new adapter's config (`carried`).
     """
-    rank = max(1, *(part.rank for part in parts.values()))
-    config = _config(model, combiner, parts, rank)
+    rank = max(least_rank, *(part.rank for part in parts.values()))
+    config = _config(model, combiner, parts, rank, settings or {})
     try:
         with warnings.catch_warnings():
             # PEFT repairs fan_in_fan_out per layer by itself and says so.
@@ -124,21 +138,30 @@ def _dtype(combiner: Combiner, module: str) -> torch.dtype:
     return dtype
 
 
+def _device(made: Tensor, value: Tensor) -> torch.device:
+    """Return where PEFT put the new factor; where the value is, if the base is offloaded."""
+    return value.device if made.is_meta else made.device
+
+
 def _fill(layer: Any, name: str, part: LowRank, rank: int, dtype: torch.dtype) -> None:
     b = torch.nn.functional.pad(part.b, (0, rank - part.rank)).to(dtype).contiguous()
     a = torch.nn.functional.pad(part.a, (0, 0, 0, rank - part.rank)).to(dtype).contiguous()
     if name in layer.lora_embedding_A:
-        device = layer.lora_embedding_A[name].device
+        device = _device(layer.lora_embedding_A[name], a)
         layer.lora_embedding_A[name] = nn.Parameter(a.to(device), requires_grad=False)
         layer.lora_embedding_B[name] = nn.Parameter(b.to(device), requires_grad=False)
         return
     for holder, value in ((layer.lora_A[name], a), (layer.lora_B[name], b)):
-        shaped = value.reshape(holder.weight.shape).to(holder.weight.device)
+        shaped = value.reshape(holder.weight.shape).to(_device(holder.weight, value))
         holder.weight = nn.Parameter(shaped, requires_grad=False)
 
 
 def _config(
-    model: PeftModel, combiner: Combiner, parts: Mapping[str, LowRank], rank: int
+    model: PeftModel,
+    combiner: Combiner,
+    parts: Mapping[str, LowRank],
+    rank: int,
+    settings: Mapping[str, object],
 ) -> LoraConfig:
     adapters = combiner.adapters.values()
     kinds = {a.factors[m].kind for a in adapters for m in parts if m in a.factors}
@@ -153,6 +176,7 @@ def _config(
         fan_in_fan_out="conv1d" in kinds,
         task_type=task_types.pop() if len(task_types) == 1 else None,
         inference_mode=True,
+        **settings,
     )
     config.base_model_name_or_path = common_base(adapters)
     return config
