@@ -143,6 +143,11 @@ def _device(made: Tensor, value: Tensor) -> torch.device:
     return value.device if made.is_meta else made.device
 
 
+def _device(made: Tensor, value: Tensor) -> torch.device:
+    """Return where PEFT put the new factor; where the value is, if the base is offloaded."""
+    return value.device if made.is_meta else made.device
+
+
 def _fill(layer: Any, name: str, part: LowRank, rank: int, dtype: torch.dtype) -> None:
     b = torch.nn.functional.pad(part.b, (0, rank - part.rank)).to(dtype).contiguous()
     a = torch.nn.functional.pad(part.a, (0, 0, 0, rank - part.rank)).to(dtype).contiguous()
