@@ -96,9 +96,9 @@ def naive_iso_c(stack: Stack) -> Tensor:
     return s.mean() * u @ v
 
 
-def naive_iso_cts(stack: Stack, common: float = 0.8) -> Tensor:
+def naive_iso_cts(stack: Stack, common: float = 0.8, rank: int | None = None) -> Tensor:
     ds = [d for d in deltas(stack) if bool(d.any())]
-    budget = min(*stack.shape, sum(len(thin(d)[1]) for d in ds))
+    budget = min(*stack.shape, rank or sum(len(thin(d)[1]) for d in ds))
     own = min(round((budget - int(budget * common)) / len(ds)), budget // len(ds))
     c = budget - own * len(ds)
     u, s, v = (
@@ -195,7 +195,7 @@ def naive_aswudi(stack: Stack) -> Tensor:
     c, _ = normal_equations(deltas(stack))
     mu = torch.linalg.eigvalsh(c)
     mu = mu[mu > 1e-12 * mu.max()]
-    k = -int(-(float(mu.sqrt().sum() ** 2 / mu.sum()) - 1e-9) // 1)
+    k = -int(-float(mu.sqrt().sum() ** 2 / mu.sum()) // 1)
     return naive_swudi(stack, time=None, ratio=(k - 0.5) / len(mu))
 
 
@@ -261,6 +261,8 @@ def test_options_reach_the_formula() -> None:
     same(run(iso_cts, stack, common=0.4, lam=0.7), 0.7 * naive_iso_cts(stack, 0.4), 1e-8)
     same(run(iso_cts, stack, common=0.0), naive_iso_cts(stack, 0.0), 1e-8)
     same(run(iso_cts, stack, common=1.0), naive_iso_c(stack), 1e-8)
+    # 3 tasks would round 5 / 3 up to 2 directions each, one more than there are.
+    same(run(iso_cts, stack, common=0.0, rank=5), naive_iso_cts(stack, 0.0, 5), 1e-8)
     same(run(tsv_m, stack, lam=-2.0), -2.0 * naive_tsv_m(stack), 1e-8)
     same(
         run(optmerge, stack, steps=40, lr=0.05, momentum=0.5), naive_optmerge(stack, 40, 0.05, 0.5)
@@ -396,6 +398,23 @@ def test_zero_adapter_changes_nothing(name: str) -> None:
     same(run(METHODS[name], more), run(METHODS[name], stack), 1e-8)
 
 
+def test_zero_adapter_takes_no_share_of_the_directions() -> None:
+    one, two = drawn(0, 6, 8, 3), drawn(1, 6, 8, 3)
+    same(run(tsv_m, stack_of([one, two, zero_of(6, 8, 3)])), naive_tsv_m(stack_of([one, two])))
+
+
+def test_iso_cts_does_not_raise_what_is_common_already() -> None:
+    one = drawn(0, 24, 20, 3)
+    same(run(iso_cts, stack_of([one, one])), naive_iso_c(stack_of([one, one])), 1e-8)
+
+
+@pytest.mark.parametrize(("out", "width"), [(30, 6), (6, 30)])
+def test_rank_of_the_result_is_at_most_the_smaller_side(out: int, width: int) -> None:
+    ((_, delta),) = iso_c([random_stack([5, 8, 3], out, width)])
+    assert isinstance(delta, Factored)
+    assert delta.b.shape[1] == 6
+
+
 @every_method
 @pytest.mark.parametrize("count", [1, 3])
 def test_all_zero_module_gives_zeros(name: str, count: int) -> None:
@@ -441,12 +460,21 @@ def test_widen_guards_a_base_column_of_zeros_and_ranks_it_last() -> None:
     assert stack.base is not None
     base = stack.base().clone()
     base[:, 4] = 0.0
+    for f in stack.factors:
+        assert f is not None
+        f.a[:, 4] *= 20.0
     got = run(widen, dataclasses.replace(stack, base=lambda: base))
     assert bool(torch.isfinite(got).all())
-    ds = deltas(stack)
-    # Its direction changed the most in both, so both count fully: score 1 on direction at least.
-    column, rest = got[:, 4], ds[0][:, 4] + ds[1][:, 4]
-    assert float((column - rest).norm()) < 0.6 * float(rest.norm())
+    # Length and direction changed the most of all columns, in both, so both count fully.
+    same(got[:, 4], deltas(stack)[0][:, 4] + deltas(stack)[1][:, 4])
+
+
+def test_widen_agrees_with_its_formula_where_deltas_are_larger_than_the_base() -> None:
+    stack = random_stack([3, 4, 2], 8, 60, seed=17)
+    assert stack.base is not None
+    base = stack.base() / 3.0
+    changed = dataclasses.replace(stack, base=lambda: base)
+    same(run(widen, changed), naive_widen(changed))
 
 
 def test_widen_tells_tiny_changes_of_direction_apart() -> None:

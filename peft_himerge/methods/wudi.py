@@ -262,6 +262,5 @@ def aswudi(
         f = torch.ones_like(problem.mu)
         if f.numel():
             y = problem.mu.sqrt()
-            # Equal values give a whole number; rounding must not lift it to the next.
-            f[math.ceil(float(y.sum().square() / y.square().sum()) - 1e-9) :] = 0.0
+            f[math.ceil(float(y.sum().square() / y.square().sum())) :] = 0.0
         yield stack.module, frame.lift(lam * problem.filtered(_start(frame, start), f))
