@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from ..errors import ConfigError, suggest
 from ..layers import OUTSIDE, group_modules
 from .check import number, whole
 from .linear import products, weighted_sum
 from .registry import method
-from .stack import Result, Stack
+from .stack import Delta, Dense, Result, Stack
 
-__all__ = ["layer_assignment", "lines", "lines_factors", "zones"]
+__all__ = ["Lines", "layer_assignment", "lines", "lines_factors", "zones"]
+
+
+_ENTRIES = 1 << 18  # of a product held at once
 
 
 def zones(
@@ -155,6 +161,49 @@ def lines_factors(
             if len(blocks) > 1:
                 factors[label] = first + rise * place / (len(blocks) - 1)
     return factors
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """LiNeS on top of any method's result M.
+
+    Attributes:
+        first: factor of the first block; by default ``(||sum_i D_i||_1 / ||M||_1) / T`` with the
+            norms over the whole model and D_i the weighted deltas, as the authors have it. This
+            takes a pass over all deltas.
+        last: factor of the last block; 1 by default (ours: the authors tune it on validation data).
+    """
+
+    first: float | None = None
+    last: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name))
+
+    def norm_of(self, delta: Delta) -> float:
+        """Return what the L1 norm of one module's result adds; 0 if it is not needed."""
+        if self.first is not None:
+            return 0.0
+        if isinstance(delta, Dense):
+            return float(delta.delta.abs().sum(dtype=torch.float64))
+        step = max(1, _ENTRIES // max(1, delta.a.shape[1]))
+        pieces = (b @ delta.a for b in torch.split(delta.b, step))
+        return sum(float(x.abs().sum(dtype=torch.float64)) for x in pieces)
+
+    def scales(self, stacks: Sequence[Stack], norm: float) -> dict[str, float]:
+        """Return the factor of every layer.
+
+        Args:
+            stacks: what was merged.
+            norm: L1 norm of the result over the whole model, the sum of `norm_of`.
+        """
+        first = self.first
+        if first is None:
+            plain = sum(self.norm_of(weighted_sum(stack, stack.weights)) for stack in stacks)
+            first = plain / norm / len(stacks[0].names) if norm else 1.0
+        return lines_factors((s.layer for s in stacks), first=first, last=self.last)
 
 
 @method(
