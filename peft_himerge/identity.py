@@ -15,7 +15,7 @@ import json
 import platform
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
@@ -23,7 +23,6 @@ import numpy as np
 import peft
 import torch
 import transformers
-from accelerate.utils import align_module_device
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -107,14 +106,28 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             skipped += [f"{path}.{part}." for part in _tuner_parts(module)]
         if f"{path}.".startswith(tuple(skipped)) or ".modules_to_save." in f".{path}.":
             continue
-        offloaded = any(p.is_meta for p in module._parameters.values() if p is not None)
-        with align_module_device(module) if offloaded else nullcontext():
+        with _loaded(module):
             own = [*module._parameters.items(), *module._buffers.items()]
             for name, tensor in own:
                 if tensor is not None:
                     parts = f"{path}.{name}".split(".")
                     plain = [p for p in parts if p not in ("base_layer", "original_module")]
                     yield ".".join(plain), tensor
+
+
+@contextmanager
+def _loaded(module: nn.Module) -> Iterator[None]:
+    """Have the module's own weights in place, as in its forward call, if they are offloaded."""
+    offloaded = any(p.is_meta for p in module._parameters.values() if p is not None)
+    hook: Any = getattr(module, "_hf_hook", None) if offloaded else None
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def _tuner_parts(layer: BaseTunerLayer) -> list[str]:
