@@ -11,11 +11,9 @@ import json
 import math
 import os
 import struct
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +36,11 @@ __all__ = [
     "approximate",
     "iter_approximate",
     "merge_in_place",
+    "replacing",
     "save_adapter",
     "save_checkpoint",
-    "write_factors",
+    "stored_dtype",
+    "stream_tensors",
     "write_text",
 ]
 
@@ -119,7 +119,7 @@ def add_adapter(
             model.add_adapter(name, config, autocast_adapter_dtype=False)
         layers = lora_layers(model)
         for module, part in parts.items():
-            _fill(layers[module], name, part, rank, _dtype(combiner, module))
+            _fill(layers[module], name, part, rank, stored_dtype(combiner, module))
         extra = [m for m, layer in layers.items() if name in layer.scaling and m not in parts]
         if extra:
             raise ExportError(f"the new adapter also targets {extra[0]!r}; please report this.")
@@ -130,17 +130,13 @@ def add_adapter(
     return rank
 
 
-def _dtype(combiner: Combiner, module: str) -> torch.dtype:
+def stored_dtype(combiner: Combiner, module: str) -> torch.dtype:
+    """Return the dtype a module's merged factors are stored in: the widest of its sources."""
     kept = [a.factors[module].a.dtype for a in combiner.adapters.values() if module in a.factors]
     dtype = kept[0]
     for other in kept[1:]:
         dtype = torch.promote_types(dtype, other)
     return dtype
-
-
-def _device(made: Tensor, value: Tensor) -> torch.device:
-    """Return where PEFT put the new factor; where the value is, if the base is offloaded."""
-    return value.device if made.is_meta else made.device
 
 
 def _device(made: Tensor, value: Tensor) -> torch.device:
@@ -200,7 +196,7 @@ def _targets(model: PeftModel, modules: list[str]) -> list[str]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it takes the place of `path` at once."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -215,7 +211,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is either absent, as it was, or whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as beside:
+    with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -229,92 +225,12 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     (target / "adapter_config.json").unlink(missing_ok=True)
-    with _replacing(target / WEIGHTS) as beside:
+    with replacing(target / WEIGHTS) as beside:
         save_file(tensors, str(beside), metadata={"format": "pt"})
     fields = model.peft_config[name].to_dict()
     text = json.dumps(fields, indent=2, sort_keys=True, default=_plain)
     write_text(target / "adapter_config.json", text + "\n")
     return target
-
-
-def write_factors(
-    path: Path, combiner: Combiner, parts: Iterable[tuple[str, LowRank]]
-) -> tuple[int, tuple[tuple[str, LowRank], ...]]:
-    """Write A and B of every module in PEFT's layout, without holding them all.
-
-    Args:
-        path: the file, replaced at once when it is whole.
-        combiner: knows kinds, shapes and dtypes.
-        parts: module -> factors, taken one by one.
-
-    Returns:
-        The uniform rank, and per module its `LowRank` without the values.
-    """
-    done: list[tuple[str, LowRank]] = []
-    where: dict[str, int] = {}
-    # The common rank is known at the end only, so the factors wait in a file without a name.
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
-        for module, part in parts:
-            where[module] = spool.tell()
-            for factor in (part.b, part.a):
-                raw = factor.to(_dtype(combiner, module)).contiguous().flatten()
-                spool.write(raw.view(torch.uint8).cpu().numpy().data)
-            empty = replace(part, b=part.b[:0].clone(), a=part.a[:, :0].clone())
-            done.append((module, empty))
-        rank = max(1, *(part.rank for _, part in done))
-        ranks = {module: part.rank for module, part in done}
-        entries = [e for module, _ in done for e in _entries(combiner, module, rank)]
-        # Wide dtypes first, so that every tensor is aligned to its own size.
-        entries.sort(key=lambda e: -e.dtype.itemsize)
-
-        def tensor(key: str) -> Tensor:
-            entry = by_key[key]
-            out, width = combiner.shape(entry.module)
-            own, size = ranks[entry.module], entry.dtype.itemsize
-            rows, columns, at = (out, own, 0) if entry.side == "B" else (own, width, out * own)
-            spool.seek(where[entry.module] + at * size)
-            raw = bytearray(spool.read(rows * columns * size))
-            if not raw:
-                return torch.zeros(entry.shape, dtype=entry.dtype)
-            value = torch.frombuffer(raw, dtype=entry.dtype).view(rows, columns)
-            missing = rank - own
-            padding = (0, missing) if entry.side == "B" else (0, 0, 0, missing)
-            return torch.nn.functional.pad(value, padding)
-
-        by_key = {e.key: e for e in entries}
-        layout = {e.key: (_CODES[e.dtype], list(e.shape)) for e in entries}
-        with _replacing(path) as beside:
-            _stream(beside, layout, tensor, {"format": "pt"})
-    return rank, tuple(done)
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One tensor of an adapter file."""
-
-    key: str
-    module: str
-    side: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _entries(combiner: Combiner, module: str, rank: int) -> tuple[_Entry, _Entry]:
-    out, width = combiner.shape(module)
-    some = next(a.factors[module] for a in combiner.adapters.values() if module in a.factors)
-    stem, tail = f"base_model.model.{module}.lora_", ".weight"
-    if some.kind == "embedding":
-        stem, tail = f"{stem}embedding_", ""
-    a: tuple[int, ...] = (rank, width)
-    b: tuple[int, ...] = (out, rank)
-    if some.kind == "conv":
-        a = (rank, width // math.prod(some.kernel), *some.kernel)
-        b = (out, rank, *(1 for _ in some.kernel))
-    dtype = _dtype(combiner, module)
-    return (
-        _Entry(f"{stem}A{tail}", module, "A", a, dtype),
-        _Entry(f"{stem}B{tail}", module, "B", b, dtype),
-    )
 
 
 def _plain(value: object) -> object:
@@ -379,10 +295,10 @@ def save_checkpoint(
     for extra in sorted(source.iterdir()):
         small = extra.is_file() and extra.suffix in {".json", ".txt", ".model", ".jinja"}
         if small:
-            with _replacing(target / extra.name) as beside:
+            with replacing(target / extra.name) as beside:
                 beside.write_bytes(extra.read_bytes())
     for shard in shards:
-        with safe_open(shard, "pt") as opened, _replacing(target / shard.name) as beside:
+        with safe_open(shard, "pt") as opened, replacing(target / shard.name) as beside:
             names = list(opened.keys())
             heads = {key: opened.get_slice(key) for key in names}
             metadata = opened.metadata() or {"format": "pt"}
@@ -398,7 +314,7 @@ def save_checkpoint(
                 return add_to_weight(value, combiner.kind(module), combiner.blocks(module, terms))
 
             layout = {key: (head.get_dtype(), head.get_shape()) for key, head in heads.items()}
-            _stream(beside, layout, tensor, metadata)
+            stream_tensors(beside, layout, tensor, metadata)
     return target
 
 
@@ -431,10 +347,9 @@ def _refuse_tied(source: Path, where: Mapping[str, str], keys: Mapping[str, Path
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 _BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def _stream(
+def stream_tensors(
     path: Path,
     layout: Mapping[str, tuple[str, list[int]]],
     tensor: Callable[[str], Tensor],

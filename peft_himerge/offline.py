@@ -7,14 +7,18 @@ streams module by module. The arithmetic is that of the live path (`combine`, `l
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import export, report
 from .adapters import common_base
@@ -23,10 +27,13 @@ from .config import HiMergeConfig
 from .errors import AdapterError, ConfigError, PlanError, suggest
 from .factors import Adapter
 from .folders import read_folder
+from .lowrank import LowRank
 from .plan import DROP, MergePlan
 from .result import ModuleError, relative_error, versions
 
 __all__ = ["FolderMerge", "merge_folders"]
+
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +196,7 @@ def _write(
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     try:
         parts = export.iter_approximate(combiner, plan, config.rank)
-        rank, done = export.write_factors(beside / export.WEIGHTS, combiner, parts)
+        rank, done = _write_factors(beside / export.WEIGHTS, combiner, parts)
         modules = tuple(ModuleError(m, p.rank, p.error, p.norm) for m, p in done)
         fields = _fields(combiner, rank)
         text = json.dumps(fields, indent=2, sort_keys=True)
@@ -208,6 +215,86 @@ def _write(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return merge
+
+
+def _write_factors(
+    path: Path, combiner: Combiner, parts: Iterable[tuple[str, LowRank]]
+) -> tuple[int, tuple[tuple[str, LowRank], ...]]:
+    """Write A and B of every module in PEFT's layout, without holding them all.
+
+    Args:
+        path: the file, replaced at once when it is whole.
+        combiner: knows kinds, shapes and dtypes.
+        parts: module -> factors, taken one by one.
+
+    Returns:
+        The uniform rank, and per module its `LowRank` without the values.
+    """
+    done: list[tuple[str, LowRank]] = []
+    where: dict[str, int] = {}
+    # The common rank is known at the end only, so the factors wait in a file without a name.
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        for module, part in parts:
+            where[module] = spool.tell()
+            for factor in (part.b, part.a):
+                raw = factor.to(export.stored_dtype(combiner, module)).contiguous().flatten()
+                spool.write(raw.view(torch.uint8).cpu().numpy().data)
+            empty = replace(part, b=part.b[:0].clone(), a=part.a[:, :0].clone())
+            done.append((module, empty))
+        rank = max(1, *(part.rank for _, part in done))
+        ranks = {module: part.rank for module, part in done}
+        entries = [e for module, _ in done for e in _entries(combiner, module, rank)]
+        # Wide dtypes first, so that every tensor is aligned to its own size.
+        entries.sort(key=lambda e: -e.dtype.itemsize)
+
+        def tensor(key: str) -> Tensor:
+            entry = by_key[key]
+            out, width = combiner.shape(entry.module)
+            own, size = ranks[entry.module], entry.dtype.itemsize
+            rows, columns, at = (out, own, 0) if entry.side == "B" else (own, width, out * own)
+            spool.seek(where[entry.module] + at * size)
+            raw = bytearray(spool.read(rows * columns * size))
+            if not raw:
+                return torch.zeros(entry.shape, dtype=entry.dtype)
+            value = torch.frombuffer(raw, dtype=entry.dtype).view(rows, columns)
+            missing = rank - own
+            padding = (0, missing) if entry.side == "B" else (0, 0, 0, missing)
+            return torch.nn.functional.pad(value, padding)
+
+        by_key = {e.key: e for e in entries}
+        layout = {e.key: (_CODES[e.dtype], list(e.shape)) for e in entries}
+        with export.replacing(path) as beside:
+            export.stream_tensors(beside, layout, tensor, {"format": "pt"})
+    return rank, tuple(done)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of an adapter file."""
+
+    key: str
+    module: str
+    side: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _entries(combiner: Combiner, module: str, rank: int) -> tuple[_Entry, _Entry]:
+    out, width = combiner.shape(module)
+    some = next(a.factors[module] for a in combiner.adapters.values() if module in a.factors)
+    stem, tail = f"base_model.model.{module}.lora_", ".weight"
+    if some.kind == "embedding":
+        stem, tail = f"{stem}embedding_", ""
+    a: tuple[int, ...] = (rank, width)
+    b: tuple[int, ...] = (out, rank)
+    if some.kind == "conv":
+        a = (rank, width // math.prod(some.kernel), *some.kernel)
+        b = (out, rank, *(1 for _ in some.kernel))
+    dtype = export.stored_dtype(combiner, module)
+    return (
+        _Entry(f"{stem}A{tail}", module, "A", a, dtype),
+        _Entry(f"{stem}B{tail}", module, "B", b, dtype),
+    )
 
 
 def _put_in_place(beside: Path, target: Path) -> None:
