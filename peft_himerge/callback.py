@@ -25,6 +25,7 @@ from .training import (
     EVENTS,
     blank_memory,
     checked_names,
+    covers,
     default_listeners,
     evaluation_set,
     kept_state,
@@ -268,8 +269,8 @@ class HiMergeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _at_step(self, trigger: Trigger, args: Any, state: Any, model: Any) -> bool:
         """Make a round, or see that one was made here with the same weights; False if it failed."""
         live = unwrap(model)
-        at = [state.global_step, digest(live)]
-        again = self.memory["at"] == at
+        at = [state.global_step, digest(live), self._analysis[trigger]]
+        again = covers(self.memory["at"], at)
         folders = self._folders(trigger, args, state)
         listeners = self._listeners(args)
         if again and not (trigger == "train_end" and folders):

@@ -19,6 +19,7 @@ __all__ = [
     "EVENTS",
     "blank_memory",
     "checked_names",
+    "covers",
     "default_listeners",
     "evaluation_set",
     "kept_state",
@@ -97,6 +98,13 @@ def refuse_sharded(model: nn.Module) -> None:
             f"weight, so none can merge or score. Train without the callback and merge the saved "
             f"adapters afterwards (`himerge merge`), or use data parallelism or ZeRO-1/2."
         )
+
+
+def covers(done: Sequence[Any] | None, wanted: Sequence[Any]) -> bool:
+    """Return True if the round at `done` = (step, weights, analysis) tells all that is wanted."""
+    if done is None or list(done[:2]) != list(wanted[:2]):
+        return False
+    return ANALYSES.index(done[2]) <= ANALYSES.index(wanted[2])
 
 
 def evaluation_set(metrics: Mapping[str, Any]) -> str:
