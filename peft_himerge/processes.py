@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
@@ -41,14 +42,16 @@ def together(mode: Mode) -> Iterator[Team]:
 
     With "auto", the processes are those of torch.distributed's default group, or, if there is none
     yet but a launcher (`accelerate launch`, torchrun) started several, those that
-    `accelerate.PartialState` finds. "off", or a single process: a team of one.
+    `accelerate.PartialState` finds; that group stays when the merge ends. "off", or a single
+    process: a team of one.
 
     Raises:
         ProcessError: on every other process, if one raises an exception inside the context, or
             does not come.
     """
     if mode == "auto" and not (dist.is_available() and dist.is_initialized()) and _launched():
-        PartialState()
+        accelerator = torch.accelerator.current_accelerator()
+        PartialState(cpu=accelerator is None or accelerator.type == "mps")
     alone = mode == "off" or not dist.is_available() or not dist.is_initialized()
     if alone or dist.get_world_size() == 1:
         yield Team()
