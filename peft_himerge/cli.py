@@ -15,8 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config import HiMergeConfig
+from .cost import Cost
 from .errors import ConfigError, HiMergeError
 from .hi import merge_adapters_hi
+from .offline import FolderMerge, merge_folders
+from .plan import MergePlan
+from .processes import is_main
 from .progress import ProgressBar
 from .report import describe_edit, score_rows
 from .result import MergeResult
@@ -27,21 +31,24 @@ app = typer.Typer(
     help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
 )
 
+Adapters = Annotated[
+    list[str], typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write the merged adapter to.")]
+
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Option(help="Folder of the base model.")],
-    adapter: Annotated[
-        list[str], typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")
-    ],
+    adapter: Adapters,
+    out: Out,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
     evals: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--eval",
             help="Python file that defines eval_fns(tokenizer) -> {adapter name: function(model)}.",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write the merged adapter to.")],
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE of one HiMergeConfig option, e.g. density=0.5."),
@@ -50,20 +57,37 @@ def merge(
     merged: Annotated[
         Path | None, typer.Option(help="Also write base + merged delta as a full model here.")
     ] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep scores here; a killed merge, run again, goes on.")
+    ] = None,
 ) -> None:
-    """Merge adapters from folders and write one adapter."""
-    from .folders import load_peft_model
+    """Merge adapters from folders and write one adapter.
 
-    console = Console(stderr=True)
+    With --base and --eval: Hi-Merging. Without them, and with --set density=P --set scale=S: the
+    adapters are pruned, scaled and summed from their files, and nothing is scored.
+    """
     config = HiMergeConfig(**_options(option or []))
     folders = _adapters(adapter)
+    if base is None or evals is None:
+        _merge_unscored(folders, out, config, name, {"--base": base, "--eval": evals}, merged)
+        return
+    from .folders import load_peft_model
+
     build = _load_eval_fns(evals)
     model, tokenizer = load_peft_model(base, folders)
     eval_fns = build(tokenizer)
-    with ProgressBar(console) as bar:
+    with ProgressBar(Console(stderr=True, quiet=not is_main())) as bar:
         result = merge_adapters_hi(
-            model, list(folders), eval_fns, adapter_name=name, config=config, callbacks=[bar]
+            model,
+            list(folders),
+            eval_fns,
+            adapter_name=name,
+            config=config,
+            callbacks=[bar],
+            journal=journal,
         )
+    if not is_main():  # of several processes that made this merge together
+        return
     result.save(out)
     if merged is not None:
         result.save_merged(base, merged)
@@ -71,6 +95,100 @@ def merge(
     print_conflicts(screen, result)
     print_scores(screen, result)
     screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
+
+
+def _merge_unscored(
+    folders: Mapping[str, Path],
+    out: Path,
+    config: HiMergeConfig,
+    name: str,
+    scoring: Mapping[str, Path | None],
+    merged: Path | None,
+) -> None:
+    missing = [flag for flag, given in scoring.items() if given is None]
+    if len(missing) == 1:
+        raise ConfigError(
+            f"{missing[0]} is missing: scoring needs --base and --eval. Give both, or neither for "
+            f"a merge without scores."
+        )
+    if config.searches():
+        raise ConfigError(
+            "--base and --eval are missing, so density and scale cannot be searched. Give both, "
+            "or numbers: --set density=0.3 --set scale=0.9."
+        )
+    if merged is not None:
+        raise ConfigError("--merged needs the base model: give --base and --eval.")
+    _print_folder_merge(merge_folders(folders, out, config=config, adapter_name=name))
+
+
+def _print_folder_merge(done: FolderMerge) -> None:
+    text = f"rank {done.rank}, relative error {done.export_error:.2e}, {done.seconds:.1f} s"
+    if done.peak_bytes is not None:
+        text += f", peak memory {done.peak_bytes / 1e9:.2f} GB"
+    screen = Console()
+    screen.print(text)
+    screen.print(f"merged adapter, plan and report: {done.folder}", soft_wrap=True)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="plan.json of an earlier merge.")],
+    adapter: Adapters,
+    out: Out,
+    rank: Annotated[
+        str, typer.Option(help="A number, a share of the energy, 'exact' or 'auto'.")
+    ] = "auto",
+    name: Annotated[str, typer.Option(help="Name of the merged adapter.")] = "merged",
+) -> None:
+    """Rebuild the adapter a plan describes, from adapter folders alone."""
+    if not plan.is_file():
+        raise ConfigError(f"the plan {str(plan)!r} is not a file.")
+    config = HiMergeConfig(density=1.0, scale=1.0, **_options([f"rank={rank}"]))
+    found = MergePlan.from_json(plan)
+    done = merge_folders(_adapters(adapter), out, plan=found, config=config, adapter_name=name)
+    _print_folder_merge(done)
+
+
+@app.command("plan")
+def plan_cost(
+    adapter: Adapters,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of one HiMergeConfig option, e.g. density=0.5."),
+    ] = None,
+    guard: Annotated[
+        list[str] | None, typer.Option(help="Name of a further task that guards the merge.")
+    ] = None,
+) -> None:
+    """Print what a merge would cost at most, before it is paid; nothing is scored or written."""
+    from .preview import preview
+
+    config = HiMergeConfig(**_options(option or []))
+    found = preview(base, _adapters(adapter), config, guard or [])
+    screen = Console()
+    for name in found.zero:
+        screen.print(f"adapter {name!r} has no effect: its task is a guard", markup=False)
+    screen.print(_cost_table(found.cost))
+    screen.print(
+        f"{found.layers} layers are judged; a full score runs {found.blocks} blocks. The time of "
+        f"one score times {found.cost.shared_blocks / max(1, found.blocks):.0f} is about the whole.",
+        soft_wrap=True,
+    )
+
+
+def _cost_table(cost: Cost) -> Table:
+    table = Table("step", title="At most", show_footer=True)
+    table.columns[0].footer = "total"
+    for title, total in (
+        ("scores", cost.scores),
+        ("blocks, each score in full", cost.naive_blocks),
+        ("blocks, shared", cost.shared_blocks),
+    ):
+        table.add_column(title, str(total), justify="right")
+    for step in cost.steps:
+        table.add_row(step.name, str(step.scores), str(step.naive_blocks), str(step.shared_blocks))
+    return table
 
 
 @app.command()
