@@ -170,9 +170,10 @@ def plan_cost(
     for name in found.zero:
         screen.print(f"adapter {name!r} has no effect: its task is a guard", markup=False)
     screen.print(_cost_table(found.cost))
+    times = found.cost.shared_blocks / max(1, found.blocks)
     screen.print(
-        f"{found.layers} layers are judged; a full score runs {found.blocks} blocks. The time of "
-        f"one score times {found.cost.shared_blocks / max(1, found.blocks):.0f} is about the whole.",
+        f"{found.layers} layers are judged; a full score runs {found.blocks} blocks. "
+        f"All this takes about as long as {times:.0f} full scores.",
         soft_wrap=True,
     )
 

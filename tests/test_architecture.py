@@ -63,6 +63,7 @@ ROOMS: dict[str, set[str]] = {
         *("plan", "probe", "processes", "randomness", "scoring"),
     },
     # floor 6: what the user gets back
+    "preview": {"blocks", "combine", "config", "cost", "errors", "folders", "layers"},
     "result": {
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
         *("scoring", "search"),
@@ -99,6 +100,8 @@ ROOMS: dict[str, set[str]] = {
     "cli": {
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "offline"),
         *("plan", "progress", "report", "result"),
+        "preview",
+        "processes",
     },
     "__main__": {"cli"},
     "demo": {
@@ -150,6 +153,7 @@ DOORS: dict[str, set[str]] = {
     "transformers": {
         *("blocks", "callback", "demo", "evals", "folders", "identity", "offline", "result"),
         "training",
+        "preview",
     },
     "safetensors": {"adapters", "demo", "export", "folders", "methods"},
     "accelerate": {"identity", "processes", "rounds", "training"},
