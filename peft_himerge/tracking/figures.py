@@ -109,5 +109,6 @@ def _draw_scores(axes: Any, done: Round) -> None:
         places = [place + index * width for place in range(len(tasks))]
         axes.bar(places, values, width=width, label=state)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(tasks))], tasks)
-    axes.legend()
+    if rows:
+        axes.legend()
     axes.set_title("scores, higher is better")
