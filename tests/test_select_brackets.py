@@ -1,0 +1,162 @@
+"""However the search for a threshold is led astray, what it returns is what a full sort gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_select import drawn, magnitudes
+
+from peft_himerge import select as room
+from peft_himerge.errors import AdapterError
+from peft_himerge.factors import LoraFactors
+from peft_himerge.select import kept_count, thresholds
+
+DENSITIES = [1e-5, 0.01, 0.1, 0.5, 0.9, 0.999]
+
+
+def ones(out: int, width: int) -> LoraFactors:
+    return LoraFactors(torch.ones(1, width), torch.ones(out, 1), 0.3)
+
+
+def sparse() -> LoraFactors:
+    """Only one row in fifty is not zero."""
+    factors = drawn(0, 700, 600, 4)
+    b = factors.b * (torch.arange(700) % 50 == 0)[:, None]
+    return LoraFactors(factors.a, b, 0.75)
+
+
+def wide_range() -> LoraFactors:
+    """Entries from denormal to nearly the largest float."""
+    scale = torch.logspace(-44, 37, 700, dtype=torch.float64).float()
+    return LoraFactors(torch.linspace(0.5, 1.5, 600)[None], scale[:, None], 1.0)
+
+
+def denormal() -> LoraFactors:
+    rows = torch.arange(700).float() * 1e-44
+    return LoraFactors(torch.ones(1, 600), rows[:, None], 1.0)
+
+
+CASES: dict[str, Callable[[], list[LoraFactors]]] = {
+    "random": lambda: [drawn(1, 700, 600, 4), drawn(2, 90, 600, 3)],
+    "float64": lambda: [drawn(1, 700, 600, 4, torch.float64)],
+    "two dtypes": lambda: [drawn(1, 700, 600, 4, torch.float64), drawn(2, 200, 300, 2)],
+    "bfloat16": lambda: [drawn(1, 700, 600, 4, torch.bfloat16)],
+    "grid": lambda: [drawn(1, 700, 600, 2, grid=True)],
+    "all equal": lambda: [ones(700, 600)],
+    "all zero": lambda: [LoraFactors(torch.ones(1, 600), torch.zeros(700, 1), 1.0)],
+    "mostly zero": lambda: [sparse()],
+    "wide range": lambda: [wide_range()],
+    "denormal": lambda: [denormal()],
+    "one huge module": lambda: [
+        drawn(1, 700, 600, 2), LoraFactors(torch.ones(1, 2) * 1e30, torch.ones(2, 1), 1.0)
+    ],
+}  # fmt: skip
+
+
+def check(parts: list[LoraFactors], densities: list[float]) -> None:
+    ranked = magnitudes(*parts)
+    found = thresholds([(f, 0.0) for f in parts], densities)
+    for density, tau in found.items():
+        assert tau == float(ranked[kept_count(density, len(ranked)) - 1]), density
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many brackets each pass over the blocks counted."""
+    seen: list[int] = []
+    real = room._count
+
+    def count(parts: Any, brackets: Any, dtype: Any) -> Any:
+        seen.append(len(brackets))
+        return real(parts, brackets, dtype)
+
+    monkeypatch.setattr(room, "_count", count)
+    return seen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_thresholds_with_a_sample_equal_a_full_sort(case: str) -> None:
+    parts = CASES[case]()
+    assert sum(f.numel for f in parts) >= room._SAMPLE_FROM
+    check(parts, DENSITIES)
+
+
+def test_random_entries_take_one_pass(passes: list[int]) -> None:
+    thresholds([(drawn(1, 6000, 2000, 4), 0.0)], [0.1, 0.3])
+    assert passes == [2]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lie", ["zeros", "largest", "one value"])
+def test_a_misleading_sample_costs_passes_and_not_exactness(
+    case: str, lie: str, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = CASES[case]()
+    wide = any(f.dtype == torch.float64 for f in parts)
+
+    def sample(*_: Any) -> Any:
+        kind = np.int64 if wide else np.int32
+        inf = np.array(np.inf, np.float64 if wide else np.float32).view(kind)
+        value = {"zeros": 0, "largest": int(inf), "one value": int(inf) // 3}[lie]
+        return np.full(1000, value, kind)
+
+    monkeypatch.setattr(room, "_sample", sample)
+    check(parts, DENSITIES)
+    assert len(passes) <= (5 if wide else 3)
+
+
+def test_small_tables_still_find_every_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_PLACES", 64)
+    for case in ("random", "float64", "grid", "wide range"):
+        check(CASES[case](), [0.1, 0.5])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_accelerators_counters_count_the_same(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_device(tasks: Any, brackets: Any, dtype: torch.dtype) -> list[Any]:
+        tally = room._DeviceTally(brackets, torch.device("cpu"))
+        for task in tasks:
+            room._walk(task, tally, dtype)
+        return [tally]
+
+    monkeypatch.setattr(room, "_count_on_cores", on_device)
+    check(CASES[case](), [0.1, 0.5])
+
+
+def test_cores_share_the_blocks_and_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_BLOCKS_PER_TASK", 1)
+    parts = [(drawn(1, 3000, 600, 4), 0.0), (drawn(2, 40, 600, 4), 1.0)]
+    alone = thresholds(parts, DENSITIES)
+    torch.set_num_threads(3)
+    try:
+        assert thresholds(parts, DENSITIES) == alone
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_blocks_have_the_same_bits_whatever_part_and_however_many_cores() -> None:
+    for dtype in (torch.float32, torch.float64):
+        factors = drawn(3, 1000, 700, 16, dtype)
+        whole = list(factors.blocks())
+        assert len(whole) == factors.block_count == 3
+        torch.set_num_threads(2)
+        try:
+            again = [*factors.blocks(0, 1), *factors.blocks(1, 2), *factors.blocks(2)]
+        finally:
+            torch.set_num_threads(1)
+        assert [rows for rows, _ in again] == [rows for rows, _ in whole]
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(again, whole, strict=True))
+
+
+def test_products_that_overflow_to_nan_are_refused() -> None:
+    rows = torch.tensor([[3e38, -3e38]]).repeat(700, 1)
+    factors = LoraFactors(torch.ones(2, 600), rows, 10.0)
+    with pytest.raises(AdapterError, match="overflows"):
+        thresholds([(factors, 0.0)], [0.5])
