@@ -17,6 +17,8 @@ import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraModel
 
+from .adapters import check_config
+from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
 from .lowrank import LowRank, low_rank_of_product
 from .merging import AdapterMerge, run
@@ -115,7 +117,7 @@ def add_weighted_adapter(
         raise ConfigError(f"compat must be None or 'peft', got {compat!r}.")
     names = check_names(owner, adapters, adapter_name, overwrite=overwrite)
     of = check_weights(names, weights)
-    _refuse_parameters(owner, names)
+    _refuse_configs(owner, names)
     strict = compat == "peft" or isinstance(model, LoraModel)
     rank = _new_rank(owner, names, combination_type, svd_rank, strict=strict)
     options = _options(combination_type, density, majority_sign_method, alone=len(names) == 1)
@@ -155,8 +157,12 @@ def add_weighted_adapter(
 
 def _owner(model: Any) -> PeftModel:
     """Return a PeftModel around a bare LoraModel, so that one code path serves both."""
+    if isinstance(model, PeftModel):
+        return model
     if not isinstance(model, LoraModel):
-        return model  # what is no PeftModel is refused when it is read
+        raise AdapterError(
+            f"model must be a peft.PeftModel with the adapters loaded, got {type(model).__name__}."
+        )
     shell = PeftModel.__new__(PeftModel)
     torch.nn.Module.__init__(shell)
     shell.peft_type = PeftType.LORA
@@ -169,13 +175,15 @@ def _owner(model: Any) -> PeftModel:
     return shell
 
 
-def _refuse_parameters(model: PeftModel, names: Sequence[str]) -> None:
+def _refuse_configs(model: PeftModel, names: Sequence[str]) -> None:
     for name in names:
-        if getattr(model.peft_config[name], "target_parameters", None):
+        config = model.peft_config[name]
+        if getattr(config, "target_parameters", None):
             raise AdapterError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic "
                 f"adapter '{name}'). Target nn.Linear modules instead."
             )
+        check_config(name, config, FIELDS)
 
 
 def _new_rank(
