@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -159,7 +160,12 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
         kind, kernel = "conv", tuple(a.shape[2:])
         a, b = a.flatten(1), b.flatten(1)
     check_values(where, a, b)
-    return LoraFactors(a.detach(), b.detach(), float(layer.scaling[name]), kind, kernel)
+    scaling = float(layer.scaling[name])
+    if not math.isfinite(scaling):
+        raise AdapterError(f"{where}: the scaling is {scaling}.")
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(f"{where}: A is {tuple(a.shape)} but B is {tuple(b.shape)}.")
+    return LoraFactors(a.detach(), b.detach(), scaling, kind, kernel)
 
 
 def check_values(where: str, *tensors: torch.Tensor) -> None:

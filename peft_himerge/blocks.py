@@ -209,6 +209,7 @@ class BlockMemo:
             self._depth > 0
             and not self._collects
             and not torch.is_grad_enabled()
+            and not self._blocks[label].training  # dropout draws random numbers
             and caches is not None
         )
         if not usable:

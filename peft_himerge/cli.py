@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,10 +23,9 @@ from .offline import FolderMerge, merge_folders
 from .plan import MergePlan
 from .processes import is_main
 from .progress import ProgressBar
-from .report import describe_edit, score_rows
-from .result import MergeResult
+from .tables import print_conflicts, print_scores
 
-__all__ = ["app", "main", "print_conflicts", "print_scores"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
@@ -193,6 +193,79 @@ def _cost_table(cost: Cost) -> Table:
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="Sweep file in W&B's format.")],
+    study: Annotated[
+        Path, typer.Option(help="SQLite file of the study; if it is there, it is resumed.")
+    ] = Path("himerge-sweep.db"),
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials of the study; default: run_cap, or 20.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the study.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write the best merged adapter to.")
+    ] = None,
+    agent: Annotated[bool, typer.Option(help="Run one trial for W&B's agent.")] = False,
+    worker: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Search options by many merges: here with Optuna, or as the program of a W&B sweep."""
+    from .folders import load_peft_model
+    from .sweep import merger, read_sweep, run_agent, run_local
+
+    wanted = read_sweep(recipe)
+    if wanted.base is None or wanted.evals is None or not wanted.adapters:
+        raise ConfigError(f"{str(recipe)!r} needs himerge.base, himerge.adapters, himerge.eval.")
+    build = _load_eval_fns(wanted.evals)
+    model, tokenizer = load_peft_model(wanted.base, wanted.adapters)
+    names, eval_fns = list(wanted.adapters), build(tokenizer)
+    if agent:
+        run_agent(wanted, merger(model, names, eval_fns))
+        return
+    screen = Console()
+    # A journal has one owner at a time, so every worker keeps its own.
+    journal = study.with_suffix(f".scores-{worker}.jsonl")
+    merge = merger(model, names, eval_fns, journal=journal)
+
+    def tell(number: int, score: float | None) -> None:
+        screen.print(f"trial {number}: " + ("no score" if score is None else f"{score:.4f}"))
+
+    helpers = _start_workers(workers, recipe, study, trials) if worker == 0 else []
+    found = run_local(wanted, merge, study=study, trials=trials, seed=worker, on_trial=tell)
+    if worker > 0:
+        return
+    if any(helper.wait() for helper in helpers):
+        raise HiMergeError("a worker of the sweep failed; its reason is above. Run it again.")
+    if helpers:
+        found = run_local(wanted, merge, study=study, trials=1)  # nothing more to run, only look
+    _print_outcome(screen, found)
+    if out is not None:
+        config = wanted.config(found.values)
+        result = merge_adapters_hi(model, names, eval_fns, config=config, journal=journal)
+        result.save(out)
+        screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
+
+
+def _start_workers(
+    workers: int, recipe: Path, study: Path, trials: int | None
+) -> list[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "peft_himerge", "sweep", str(recipe), "--study", str(study)]
+    command += [] if trials is None else ["--trials", str(trials)]
+    return [subprocess.Popen([*command, "--worker", str(number)]) for number in range(1, workers)]
+
+
+def _print_outcome(screen: Console, found: Outcome) -> None:
+    counts = ", ".join(f"{count} {state}" for state, count in found.trials.items())
+    table = Table("option", "best", "importance", title=f"Best score {found.score:.4f} ({counts})")
+    for option, value in found.values.items():
+        share = found.importances.get(option)
+        table.add_row(option, str(value), "" if share is None else f"{share:.0%}")
+    screen.print(table)
+    plan = MergePlan.from_json(found.plan)
+    edited = {(edit.density, edit.scale) for row in plan.edits.values() for edit in row.values()}
+    screen.print(f"best plan {plan.fingerprint[:16]}: {len(edited)} kinds of layer edit")
+
+
+@app.command()
 def demo(
     base: Annotated[
         Path | None, typer.Option(help="Folder of any causal LM; default: the registry's Gemma.")
@@ -208,26 +281,6 @@ def demo(
     from .demo.run import run
 
     run(base=base, train_again=train, out=out, rows=rows, test_rows=test_rows)
-
-
-def print_scores(console: Console, result: MergeResult) -> None:
-    """Print state x task with standard errors."""
-    header, rows = score_rows(result.scores, result.standard_errors)
-    table = Table(*header, title="Scores")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def print_conflicts(console: Console, result: MergeResult) -> None:
-    """Print every layer, worst first, and what was done about it."""
-    table = Table("layer", "kind", "Gamma", "done", title="Layers, worst first")
-    for resolution in result.conflicts:
-        found = resolution.conflict
-        table.add_row(
-            found.layer, found.kind.value, f"{found.Gamma:+.4f}", describe_edit(resolution)
-        )
-    console.print(table)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

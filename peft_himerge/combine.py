@@ -200,10 +200,9 @@ class Combiner:
 
     def delta(self, module: str, terms: Sequence[Term]) -> Tensor:
         """Return the merged delta of one module, dense (out, in); zeros where nothing is added."""
-        parts = self.factors(module, terms)
-        dtype = working_dtype(*(f.dtype for f, _ in parts))
-        device = parts[0][0].b.device if parts else None
-        dense = new_dense(self.shape(module), dtype, device)
+        held = [a.factors[module] for a in self.adapters.values() if module in a.factors]
+        dtype = working_dtype(*(f.dtype for f in held))
+        dense = new_dense(self.shape(module), dtype, held[0].b.device)
         for rows, block in self.blocks(module, terms):
             dense[rows] = block
         return dense
@@ -211,7 +210,7 @@ class Combiner:
 
 def add_to_weight(weight: Tensor, kind: Kind, blocks: Iterable[tuple[slice, Tensor]]) -> Tensor:
     """Return weight + delta in the weight's dtype and layout, without a dense delta."""
-    new = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    new = weight.clone(memory_format=torch.contiguous_format)  # no blocks: the weight itself
     source, target = as_matrix(weight, kind), as_matrix(new, kind)
     for rows, block in blocks:
         local = block.to(weight.device)

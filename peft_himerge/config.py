@@ -92,7 +92,11 @@ class HiMergeConfig(BaseModel):
         except ValidationError as exc:
             raise ConfigError(_readable(exc)) from None
 
-    @field_validator("density", "scale", "layer_density", "layer_scale", mode="before")
+    @field_validator(
+        *("density", "scale", "layer_density", "layer_scale"),
+        *("tolerance", "max_export_drop", "prefix_cache_gb"),
+        mode="before",
+    )
     @classmethod
     def _no_bool(cls, value: Any) -> Any:
         values = value.values() if isinstance(value, Mapping) else [value]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import HiMergeError
+from .errors import MissingExtraError
 from .plan import MergePlan
 from .scoring import Difference, Score, difference
 
@@ -78,7 +78,7 @@ class Contributions(Sequence[Contribution]):
         try:
             import pandas as pd
         except ImportError as exc:
-            raise HiMergeError(
+            raise MissingExtraError(
                 "to_pandas() needs pandas: pip install 'peft-himerge[pandas]', or use to_records()."
             ) from exc
         return pd.DataFrame(self.to_records())

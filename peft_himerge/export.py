@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .adapters import common_base, lora_layers
 from .combine import Combiner, Term, add_to_weight
 from .errors import ConfigError, ExportError, PlanError
+from .factors import as_matrix
 from .lowrank import LowRank, Rank, low_rank
 from .plan import MergePlan
 from .threads import spread
@@ -124,10 +125,18 @@ def add_adapter(
         if extra:
             raise ExportError(f"the new adapter also targets {extra[0]!r}; please report this.")
     except BaseException:
-        if name in model.peft_config:
-            model.delete_adapter(name)
+        remove_adapter(model, name)
         raise
     return rank
+
+
+def remove_adapter(model: PeftModel, name: str) -> None:
+    """Take an adapter out again; who is active is the caller's business (`probe.preserved`)."""
+    if name in model.peft_config:
+        with warnings.catch_warnings():
+            # PEFT says that it switches to another adapter; here somebody puts the right one back.
+            warnings.filterwarnings("ignore", message=r"Adapter .* was active which is now deleted")
+            model.delete_adapter(name)
 
 
 def stored_dtype(combiner: Combiner, module: str) -> torch.dtype:
@@ -224,9 +233,9 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    (target / "adapter_config.json").unlink(missing_ok=True)
     with replacing(target / WEIGHTS) as beside:
         save_file(tensors, str(beside), metadata={"format": "pt"})
+        (target / "adapter_config.json").unlink(missing_ok=True)  # weights are whole by now
     fields = model.peft_config[name].to_dict()
     text = json.dumps(fields, indent=2, sort_keys=True, default=_plain)
     write_text(target / "adapter_config.json", text + "\n")
@@ -289,8 +298,11 @@ def save_checkpoint(
     for shard in shards:
         with safe_open(shard, "pt") as opened:
             keys.update(dict.fromkeys(opened.keys(), shard))
+    if target.exists() and target.samefile(source):
+        raise ConfigError(f"the merged checkpoint would overwrite the base model in {str(base)!r}.")
     where = {_find_key(module, keys): module for module in combiner.modules}
-    _refuse_tied(source, where, keys)
+    _refuse_tied(source, where, keys, combiner)
+    _refuse_misfits(where, keys, combiner)
     target.mkdir(parents=True, exist_ok=True)
     for extra in sorted(source.iterdir()):
         small = extra.is_file() and extra.suffix in {".json", ".txt", ".model", ".jinja"}
@@ -333,11 +345,28 @@ def _find_key(module: str, keys: Mapping[str, Path]) -> str:
     return ends[0]
 
 
-def _refuse_tied(source: Path, where: Mapping[str, str], keys: Mapping[str, Path]) -> None:
+def _refuse_misfits(where: Mapping[str, str], keys: Mapping[str, Path], combiner: Combiner) -> None:
+    for key, module in where.items():
+        with safe_open(keys[key], "pt") as opened:
+            shape = tuple(opened.get_slice(key).get_shape())
+        got = as_matrix(torch.empty(shape, device="meta"), combiner.kind(module)).shape
+        if tuple(got) != combiner.shape(module):
+            raise PlanError(
+                f"module {module!r}: the delta is {combiner.shape(module)} but the base "
+                f"checkpoint's weight is {tuple(got)} (out, in). Is it the base of these adapters?"
+            )
+
+
+def _refuse_tied(
+    source: Path, where: Mapping[str, str], keys: Mapping[str, Path], combiner: Combiner
+) -> None:
     config = source / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    tied = settings.get("tie_word_embeddings", False)
-    heads = [m for m in where.values() if "embed" in m or "lm_head" in m]
+    # A config says only what differs from its class's default; GPT-2 and T5 tie by default. A
+    # checkpoint without a weight for the head ties it in any case.
+    kinds = {m: combiner.kind(m) for m in where.values()}
+    tied = settings.get("tie_word_embeddings", not any("lm_head" in key for key in keys))
+    heads = [m for m, kind in kinds.items() if kind == "embedding" or m.endswith("lm_head")]
     if tied and heads:
         raise ConfigError(
             f"the base ties its embedding and head, and {heads[0]!r} has a delta: a checkpoint "

@@ -68,7 +68,8 @@ class _Snapshot:
     @classmethod
     def take(cls, model: PeftModel) -> _Snapshot:
         attributes: list[tuple[object, str, Any]] = [
-            (model, "active_adapter", model.active_adapter)
+            (model, "active_adapter", model.active_adapter),
+            (model.base_model, "active_adapter", model.base_model.active_adapter),
         ]
         for module in model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -168,11 +169,13 @@ class Probe:
             weight = base._parameters.get("weight")
             if weight is None or weight.dim() < 2 or not plain_weight(base):
                 continue
-            got = self.combiner.shape(module)
             want = tuple(as_matrix(weight, self.combiner.kind(module)).shape)
-            if got != want:
+            for name, adapter in self.combiner.adapters.items():
+                got = adapter.factors[module].shape if module in adapter.factors else want
+                if got == want:
+                    continue
                 raise AdapterError(
-                    f"module {module!r}: the adapter's delta is {got} but the base weight is "
+                    f"module {module!r}: the delta of {name!r} is {got} but the base weight is "
                     f"{want} (out, in). The adapter was trained on another base model, or the "
                     f"embedding was resized."
                 )
@@ -347,8 +350,10 @@ class Probe:
             )
         return read_score(raw, task)
 
-    def _versions(self) -> dict[str, tuple[int, int]]:
+    def _versions(self) -> dict[str, tuple[int, int, int]]:
         # An offloaded weight is on the meta device between forward calls: a new object every time.
         return {
-            name: (id(p), p._version) for name, p in self.model.named_parameters() if not p.is_meta
+            name: (id(p), p.data_ptr(), p._version)
+            for name, p in self.model.named_parameters()
+            if not p.is_meta
         }

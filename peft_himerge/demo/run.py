@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from peft_himerge.cli import print_conflicts
 from peft_himerge.config import HiMergeConfig
 from peft_himerge.demo import adapter_dirs, load_base, load_tasks, train
 from peft_himerge.evals import multiple_choice
@@ -28,6 +27,7 @@ from peft_himerge.plan import Edit, MergePlan
 from peft_himerge.progress import ProgressBar
 from peft_himerge.result import MergeResult
 from peft_himerge.scoring import Score, Task, read_score
+from peft_himerge.tables import print_conflicts
 
 __all__ = ["CONFIG", "run"]
 
@@ -80,11 +80,7 @@ def run(
         folders = train(Path(tempfile.mkdtemp(prefix="himerge-demo-")), base=base)
         console.print(f"trained adapters: {folders}")
     peft_model = _load(model, folders)
-    tasks = load_tasks()
-    validation = {
-        name: multiple_choice(split.validation, tokenizer, batch_size=64, max_rows=rows)
-        for name, split in tasks.items()
-    }
+    validation, test = _evals(tokenizer, rows, test_rows)
     with ProgressBar(Console(stderr=True)) as bar:
         result = merge_adapters_hi(
             peft_model,
@@ -95,10 +91,6 @@ def run(
             callbacks=[bar],
         )
     print_conflicts(console, result)
-    test = {
-        name: multiple_choice(split.test, tokenizer, batch_size=64, max_rows=test_rows)
-        for name, split in tasks.items()
-    }
     table = _test_scores(peft_model, result, test)
     _print_table(console, table, rows, test_rows)
     minutes = (time.perf_counter() - start) / 60
@@ -112,6 +104,19 @@ def run(
         write_text(out / "demo.md", _markdown(table, rows, test_rows))
         console.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
     return result
+
+
+def _evals(tokenizer: Any, rows: int, test_rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the eval functions on validation rows and on test rows, by task."""
+    tasks = load_tasks()
+
+    def build(split: str, most: int) -> dict[str, Any]:
+        return {
+            name: multiple_choice(getattr(task, split), tokenizer, batch_size=64, max_rows=most)
+            for name, task in tasks.items()
+        }
+
+    return build("validation", rows), build("test", test_rows)
 
 
 def _load(model: Any, folders: Mapping[str, Path]) -> PeftModel:

@@ -1,0 +1,229 @@
+"""One merge as it goes: what was found so far, and the steps that find it, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from . import conflict as conflicts
+from .combine import Combiner
+from .config import HiMergeConfig
+from .conflict import Resolution
+from .contribution import Contributions, measure, states
+from .cost import Cost, estimate
+from .engine import Engine
+from .errors import ConfigError, ExportError
+from .events import ContributionsMeasured, Event, LayerResolved, Listener, MergeStarted
+from .plan import DROP, Edit, MergePlan
+from .scoring import Score, Task
+from .search import Trial, best, search_edit
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """What one merge has found so far; the steps fill it from top to bottom.
+
+    Attributes:
+        combiner: makes the deltas.
+        tasks: the adapters' own tasks, then the guards.
+        config: the options.
+        listeners: get every event.
+        plan: the decision so far; the final one after `merge`.
+        model_wise: the plan after the model-wise step (DESIGN 1.2).
+        trials: every density and scale that was tried.
+        contributions: what each layer contributes to each task.
+        resolutions: what was done about each layer, in that order.
+        states: state name -> task -> score.
+    """
+
+    combiner: Combiner
+    tasks: dict[str, Task]
+    config: HiMergeConfig
+    listeners: tuple[Listener, ...]
+    plan: MergePlan = field(default_factory=MergePlan.base)
+    model_wise: MergePlan = field(default_factory=MergePlan.base)
+    trials: list[Trial] = field(default_factory=list)
+    contributions: Contributions = field(default_factory=Contributions)
+    resolutions: list[Resolution] = field(default_factory=list)
+    states: dict[str, dict[str, Score]] = field(default_factory=dict)
+
+    @property
+    def own(self) -> list[str]:
+        """Names of the adapters that change something; each has its task."""
+        return [name for name, task in self.tasks.items() if not task.guard]
+
+    @property
+    def layers(self) -> list[str]:
+        """Labels of the layers."""
+        return [layer.label for layer in self.combiner.layers]
+
+    def emit(self, event: Event) -> None:
+        """Tell every listener."""
+        for listener in self.listeners:
+            listener(event)
+
+    def cost(self) -> Cost:
+        """Return what the run costs at most."""
+        guards = [name for name, task in self.tasks.items() if task.guard]
+        order = [layer.label for layer in self.combiner.in_order()]
+        return estimate(self.combiner.table(), self.own, guards, self.config, order=order)
+
+    def merge(self, engine: Engine) -> None:
+        """Take every step up to the final plan (DESIGN 1.1 to 1.4)."""
+        edits = {
+            name: self.config.model_wise_edit(name) if name in self.own else DROP
+            for name in self.combiner.adapters
+        }
+        self.plan = self.combiner.plan(edits, prune_scope=self.config.prune_scope)
+        self.emit(
+            MergeStarted(
+                tuple(self.combiner.adapters),
+                tuple(self.tasks),
+                tuple(self.layers),
+                engine.total,
+                self.plan.sources,
+            )
+        )
+        engine.begin("base")
+        self.states["base"] = self._scores(engine, MergePlan.base())
+        if self.config.searches():
+            engine.begin("search")
+            self._search(engine)
+        self.model_wise = self.plan
+        engine.begin("alone")
+        self._ask(engine, self.tasks, *map(self.plan.solo, self.own), self.plan)
+        for name in self.combiner.adapters:
+            self.states[name] = self._scores(engine, self.plan.solo(name))
+        gains = self._gains()
+        self.states["model_wise"] = self._scores(engine, self.plan)
+        if len(self.own) > 1:
+            engine.begin("analysis")
+            self._analyse(engine)
+            engine.begin("repair")
+            self._repair(engine, gains)
+        engine.begin("merged")
+        self.states["merged"] = self._scores(engine, self.plan)
+
+    def _scores(self, engine: Engine, state: MergePlan | str) -> dict[str, Score]:
+        found = engine.score_many([(task, state) for task in self.tasks])
+        return dict(zip(self.tasks, found, strict=True))
+
+    @staticmethod
+    def _ask(engine: Engine, tasks: Iterable[str], *plans: MergePlan) -> None:
+        """Have all these scores computed in one go, which shares more than one by one."""
+        engine.score_many([(task, plan) for plan in plans for task in tasks])
+
+    def _search(self, engine: Engine) -> None:
+        """Choose each adapter's density and scale (DESIGN 1.1)."""
+        own_only = self.config.search_target == "own"
+        for name in self.own:
+
+            def value(edits: Sequence[Edit], name: str = name) -> list[float]:
+                densities = [edit.density for edit in edits]
+                self.combiner.prepare(name, densities, self.config.prune_scope)
+                plans = [self.plan.with_adapter(name, edit) for edit in edits]
+                if own_only:
+                    scored = engine.score_many([(name, plan.solo(name)) for plan in plans])
+                    return [score.value for score in scored]
+                return [_mean(self._scores(engine, plan)) for plan in plans]
+
+            trials = search_edit(name, self.config, value)
+            self.trials.extend(trials)
+            self.plan = self.plan.with_adapter(name, best(trials).edit)
+
+    def _gains(self) -> dict[str, float]:
+        gains = {
+            name: abs(self.states[name][name].value - self.states["base"][name].value)
+            for name in self.own
+        }
+        dead = [name for name, gain in gains.items() if gain == 0.0]
+        if self.config.normalize == "gain" and dead:
+            raise ConfigError(
+                f"normalize='gain' divides by what adapter {dead[0]!r} wins on its own task, "
+                f"which is 0. Use normalize='none', or check the adapter and its eval function."
+            )
+        return gains
+
+    def _analyse(self, engine: Engine) -> None:
+        """Measure every layer's contribution to every task (DESIGN 1.3)."""
+        engine.score_many(
+            [request for task in self.own for request in states(task, self.plan, self.layers)]
+        )
+        self.contributions = Contributions(
+            tuple(
+                measure(engine.score, task, layer, self.plan)
+                for layer in self.layers
+                for task in self.own
+            )
+        )
+        self.emit(ContributionsMeasured(self.contributions))
+
+    def _repair(self, engine: Engine, gains: Mapping[str, float]) -> None:
+        """Treat the layers, worst first (DESIGN 1.4)."""
+        found = [
+            conflicts.find(self.contributions.of(layer), self.config, gains, self.plan.edits[layer])
+            for layer in self.layers
+        ]
+        for conflict in conflicts.rank(found):
+            if self.config.reanalyze == "each":
+                self._ask(engine, self.own, self.plan, self.plan.without(conflict.layer))
+                rows = [
+                    measure(engine.score, task, conflict.layer, self.model_wise, edited=self.plan)
+                    for task in self.own
+                ]
+                holders = self.plan.edits[conflict.layer]
+                conflict = conflicts.find(rows, self.config, gains, holders)
+            resolution = self._treat(engine, conflict)
+            self.resolutions.append(resolution)
+            self.emit(LayerResolved(resolution, self.plan))
+
+    def _treat(self, engine: Engine, conflict: conflicts.Conflict) -> Resolution:
+        """Edit one layer, or leave it, as config.accept says; the plan is the new one."""
+        options = conflicts.options(conflict, self.plan, self.config)
+        plans = [self.plan.with_edits(conflict.layer, edits) for edits in options]
+        changes = [plan.fingerprint != self.plan.fingerprint for plan in plans]
+        if not any(changes):
+            return Resolution(conflict, options[0], accepted=bool(options[0]))
+        if self.config.accept == "always":
+            self.plan = plans[0]
+            return Resolution(conflict, options[0], accepted=True)
+        self._ask(engine, list(self.tasks), self.plan, *plans)
+        before = self._scores(engine, self.plan)
+        after = [self._scores(engine, plan) for plan in plans]
+        # Of equal ones the first: the paper's own edit stands before the graded ones.
+        best_at = max(range(len(plans)), key=lambda i: (_mean(after[i]), -i))
+        accepted = _mean(after[best_at]) >= _mean(before)
+        if accepted:
+            self.plan = plans[best_at]
+        return Resolution(
+            conflict, options[best_at], accepted, _values(before), _values(after[best_at])
+        )
+
+    def score_export(self, engine: Engine, name: str) -> None:
+        """Score the exported adapter and refuse it if it lost too much (DESIGN 4.4)."""
+        engine.begin("exported")
+        found = self._scores(engine, name)
+        self.states["exported"] = found
+        limit = self.config.max_export_drop
+        base, merged = _mean(self.states["base"]), _mean(self.states["merged"])
+        if limit is None or merged <= base:
+            return
+        drop = (merged - _mean(found)) / (merged - base)
+        if drop > limit:
+            raise ExportError(
+                f"the exported adapter loses {drop:.0%} of what the merge had won (mean score "
+                f"{merged:.4f} merged, {_mean(found):.4f} exported, {base:.4f} base); allowed: "
+                f"{limit:.0%} (max_export_drop). Nothing was added to the model. Use a higher "
+                f"rank: apply_plan(model, error.plan, rank=...), rank='exact' loses nothing.",
+                self.plan,
+            )
+
+
+def _mean(scores: Mapping[str, Score]) -> float:
+    return sum(score.value for score in scores.values()) / len(scores)
+
+
+def _values(scores: Mapping[str, Score]) -> dict[str, float]:
+    return {task: score.value for task, score in scores.items()}
