@@ -25,6 +25,9 @@ from .processes import is_main
 from .progress import ProgressBar
 from .tables import print_conflicts, print_scores
 
+if TYPE_CHECKING:
+    from .sweep import Outcome
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
