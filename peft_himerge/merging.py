@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -228,7 +229,10 @@ def run(model: PeftModel, adapter_name: str, request: Request, start: float) -> 
         with torch.no_grad():
             parts = _compressed(request)
         if adapter_name in model.peft_config:
-            model.delete_adapter(adapter_name)
+            with warnings.catch_warnings():
+                # PEFT makes another adapter active; `preserved` makes the new one active again.
+                warnings.filterwarnings("ignore", message=".* was active which is now deleted")
+                model.delete_adapter(adapter_name)
         rank = export.add_adapter(
             model,
             adapter_name,
@@ -265,11 +269,12 @@ def _compressed(request: Request) -> dict[str, LowRank]:
         stack = todo.pop(module, None)
         if stack is None:
             raise ConfigError(f"method {request.info.name!r} gave the module {module!r} twice.")
-        part = _low_rank(stack, delta, request.rank, total)
-        if not (torch.isfinite(part.a).all() and torch.isfinite(part.b).all()):
+        held = (delta.a, delta.b) if isinstance(delta, Factored) else (delta.delta,)
+        if not all(bool(torch.isfinite(x).all()) for x in held):
             raise AdapterError(
                 f"method {request.info.name!r} gave NaN or infinity in module {module!r}."
             )
+        part = _low_rank(stack, delta, request.rank, total)
         norm += request.post.norm_of(delta) if request.post else 0.0
         parts[module] = part if request.finish is None else request.finish(part)
     if todo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -66,7 +67,7 @@ class Request:
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
         """Run the method, before `post`."""
-        return in_space(self.info.function, self.stacks, self.space, **self.options)
+        return in_space(partial(self.info.function, **self.options), self.stacks, self.space)
 
 
 def prepare(

@@ -7,7 +7,7 @@ product holds cross terms of different adapters. Here every type works on scalin
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
 from .lowrank import LowRank, low_rank_of_product
 from .merging import AdapterMerge, run
-from .methods.registry import get_method, list_methods
+from .methods.registry import MethodInfo, get_method, list_methods
 from .probe import preserved
 from .request import check_names, check_weights, prepare
 
@@ -113,22 +113,20 @@ def add_weighted_adapter(
     """
     start = time.perf_counter()
     owner = _owner(model)
-    if compat not in (None, "peft"):
-        raise ConfigError(f"compat must be None or 'peft', got {compat!r}.")
     names = check_names(owner, adapters, adapter_name, overwrite=overwrite)
     of = check_weights(names, weights)
     _refuse_configs(owner, names)
+    if compat not in (None, "peft"):
+        raise ConfigError(f"compat must be None or 'peft', got {compat!r}.")
     strict = compat == "peft" or isinstance(model, LoraModel)
     rank = _new_rank(owner, names, combination_type, svd_rank, strict=strict)
-    options = _options(combination_type, density, majority_sign_method, alone=len(names) == 1)
     _check_svd(svd_clamp, svd_driver)
-    single = len(names) == 1
-    method = "cat" if single else COMBINATION_TYPES.get(combination_type, combination_type)
+    info, options = _method(combination_type, density, majority_sign_method, alone=len(names) == 1)
     request = prepare(
         owner,
-        get_method(method),
+        info,
         of,
-        options={} if single else options,
+        options=options,
         rank=rank,
         policy=modules_to_save,
         strict_base=strict_base,
@@ -136,23 +134,12 @@ def add_weighted_adapter(
         least_rank=rank,
         seed=seed,
     )
-    if compat == "peft":
-        _as_peft_does(
-            owner,
-            adapter_name,
-            adapters=names,
-            weights=list(of.values()),
-            combination_type=combination_type,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            svd_full_matrices=svd_full_matrices,
-            svd_driver=svd_driver,
-            density=density,
-            majority_sign_method=majority_sign_method,
-            seed=seed,
-        )
-        return None
-    return run(owner, adapter_name, request, start)
+    if compat is None:
+        return run(owner, adapter_name, request, start)
+    own = partial(_PEFT_OWN, owner.base_model, names, list(of.values()), adapter_name)
+    numbers = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
+    _as_peft_does(owner, adapter_name, partial(own, combination_type, *numbers), seed)
+    return None
 
 
 def _owner(model: Any) -> PeftModel:
@@ -220,10 +207,10 @@ def _new_rank(
     return sum(ranks) if combination_type == "cat" else max(ranks)
 
 
-def _options(
+def _method(
     combination_type: str, density: float | None, majority_sign_method: str, *, alone: bool
-) -> dict[str, Any]:
-    """Return the options of the method that does `combination_type`."""
+) -> tuple[MethodInfo, dict[str, Any]]:
+    """Return the method that does `combination_type`, and its options."""
     if majority_sign_method not in ("total", "frequency"):
         raise ConfigError(
             f"majority_sign_method must be 'total' or 'frequency', got {majority_sign_method!r}."
@@ -233,9 +220,10 @@ def _options(
             f"density is the kept share and must be in [0, 1], got {density!r}. Leave it out to "
             f"prune nothing."
         )
+    if alone:
+        return get_method("cat"), {}
     info = get_method(COMBINATION_TYPES.get(combination_type, combination_type))
-    prunes = combination_type in COMBINATION_TYPES and "density" in info.options
-    if prunes and density is None and not alone:
+    if "density" in info.options and density is None and combination_type in COMBINATION_TYPES:
         raise ConfigError(
             f"combination_type={combination_type!r} needs density, the share of entries to keep "
             f"(0.5 for example)."
@@ -245,7 +233,7 @@ def _options(
         options["density"] = density
     if "majority_sign_method" in info.options:
         options["majority_sign_method"] = majority_sign_method
-    return options
+    return info, options
 
 
 def _share(value: Any) -> bool:
@@ -283,14 +271,14 @@ def _singular(part: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return part.b / part.b.norm(dim=0), part.a / part.a.norm(dim=1)[:, None], sizes
 
 
-def _as_peft_does(model: PeftModel, adapter_name: str, *, seed: int, **arguments: Any) -> None:
+def _as_peft_does(model: PeftModel, adapter_name: str, own: Callable[[], None], seed: int) -> None:
     """Run PEFT's own method; put back all that it moves."""
     with preserved(model):
         torch.manual_seed(seed)
         if adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)
         try:
-            _PEFT_OWN(model.base_model, adapter_name=adapter_name, **arguments)
+            own()
         except BaseException:
             if adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)

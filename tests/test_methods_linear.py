@@ -338,14 +338,14 @@ def test_metric_weighted_follows_the_metric() -> None:
 
 def test_metric_weighted_in_factor_space_averages_a_and_b_apart() -> None:
     stacks = model([3, 3], [2, 2])
-    found = run("metric_weighted", stacks, metrics={"a": 1.0, "b": 3.0}, space="factor")
+    found = run("metric_weighted", stacks, metrics={"a": 1.0, "b": 3.0}, average_of="factor")
     for got, stack in zip(found, stacks, strict=True):
         pairs = [stack.scaled(i) for i in range(2)]
         b = 0.25 * pairs[0][0] + 0.75 * pairs[1][0]
         a = 0.25 * pairs[0][1] + 0.75 * pairs[1][1]
         torch.testing.assert_close(got, b @ a)
     with pytest.raises(ConfigError, match="same rank everywhere"):
-        run("metric_weighted", model([3, 2]), metrics={"a": 1.0, "b": 3.0}, space="factor")
+        run("metric_weighted", model([3, 2]), metrics={"a": 1.0, "b": 3.0}, average_of="factor")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_metric_weighted_in_factor_space_averages_a_and_b_apart() -> None:
         {"metrics": {"a": 1.0, "b": 0.0}},
         {"metrics": {"a": 1.0, "b": float("nan")}},
         {"metrics": {"a": 1.0, "b": 2.0}, "power": "x"},
-        {"metrics": {"a": 1.0, "b": 2.0}, "space": "both"},
+        {"metrics": {"a": 1.0, "b": 2.0}, "average_of": "both"},
     ],
 )
 def test_metric_weighted_refuses(options: dict[str, Any]) -> None:

@@ -262,7 +262,7 @@ def test_options_reach_the_formula() -> None:
     same(run(iso_cts, stack, common=0.0), naive_iso_cts(stack, 0.0), 1e-8)
     same(run(iso_cts, stack, common=1.0), naive_iso_c(stack), 1e-8)
     # 3 tasks would round 5 / 3 up to 2 directions each, one more than there are.
-    same(run(iso_cts, stack, common=0.0, rank=5), naive_iso_cts(stack, 0.0, 5), 1e-8)
+    same(run(iso_cts, stack, common=0.0, directions=5), naive_iso_cts(stack, 0.0, 5), 1e-8)
     same(run(tsv_m, stack, lam=-2.0), -2.0 * naive_tsv_m(stack), 1e-8)
     same(
         run(optmerge, stack, steps=40, lr=0.05, momentum=0.5), naive_optmerge(stack, 40, 0.05, 0.5)
@@ -278,7 +278,7 @@ def test_options_reach_the_formula() -> None:
 
 def test_tsv_m_rank_keeps_that_many_directions_per_adapter() -> None:
     one, two = drawn(0, 24, 20, 4), drawn(1, 24, 20, 4)
-    got = run(tsv_m, stack_of([one, two]), rank=1)
+    got = run(tsv_m, stack_of([one, two]), directions=1)
     assert int(torch.linalg.matrix_rank(got)) == 2
 
 
@@ -541,11 +541,11 @@ def test_values_that_are_not_finite_are_refused_by_name(name: str, value: float)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("tsv_m", {"rank": 0}),
+        ("tsv_m", {"directions": 0}),
         ("tsv_m", {"lam": float("nan")}),
         ("iso_c", {"lam": "1"}),
         ("iso_cts", {"common": 1.2}),
-        ("iso_cts", {"rank": -1}),
+        ("iso_cts", {"directions": -1}),
         ("opcm", {"alpha": -0.1}),
         ("opcm", {"order": ["a"]}),
         ("opcm", {"order": ["a", "z"]}),

@@ -73,6 +73,20 @@ def test_options_are_the_keyword_only_parameters() -> None:
     info.check({"density": 0.5})
 
 
+def test_options_that_merge_adapters_takes_itself_are_refused() -> None:
+    from peft_himerge.merging import merge_adapters
+    from peft_himerge.methods.registry import _RESERVED
+
+    named = [p.name for p in inspect.signature(merge_adapters).parameters.values()]
+    assert set(_RESERVED) == {name for name in named if name != "options"}
+
+    def odd(stacks: Any, *, seed: int = 0) -> Iterator[Any]:
+        yield from ()
+
+    with pytest.raises(ConfigError, match="'seed', which is an argument of merge_adapters"):
+        describe(odd, "odd")
+
+
 def test_positional_options_and_unknown_needs_are_refused() -> None:
     with pytest.raises(ConfigError, match="'lam' is not keyword-only"):
         describe(lambda stacks, lam: None, "odd")

@@ -551,13 +551,11 @@ def the_active_adapter_stays_and_the_result_has_its_name(add: Add) -> None:
 
 @need(29)
 def nothing_but_the_new_adapter_changes(add: Add) -> None:
-    model = net({"p": {}, "q": {}}).train()
-    before = snapshot(model)
     for kind in COMBINATION_TYPES:
+        model = net({"p": {}, "q": {}}).train()
+        before = snapshot(model)
         add(model, ["p", "q"], [0.5, 0.5], "m", combination_type=kind, density=0.5)
         assert moved(before, snapshot(model, but="m")) == []
-        model.delete_adapter("m")
-        model.set_adapter("p")
 
 
 @need(30)

@@ -164,7 +164,7 @@ def metric_weighted(
     metrics: Mapping[str, float],
     loss: bool = False,
     power: float = 1.0,
-    space: str = "delta",
+    average_of: str = "delta",
     lam: float = 1.0,
 ) -> Result:
     """Average with weights that follow a number you have for each adapter.
@@ -177,16 +177,17 @@ def metric_weighted(
         metrics: adapter -> accuracy, step, ... (> 0), or loss (> 0) with ``loss=True``.
         loss: True if lower is better.
         power: 0 is the plain average; higher values follow the metric more.
-        space: "delta" averages the products; "factor" averages A and B apart, which is only
+        average_of: "delta" averages the products; "factor" averages A and B apart, which is only
             meaningful for checkpoints of one training run and needs equal ranks.
         lam: factor on the result.
 
     Raises:
-        ConfigError: a metric is missing, unknown or not positive; ranks differ in space "factor".
+        ConfigError: a metric is missing, unknown or not positive; ranks differ with
+            "factor".
     """
     names = stacks[0].names
     lam, power = number("lam", lam), number("power", power)
-    choice("space", space, ("delta", "factor"))
+    choice("average_of", average_of, ("delta", "factor"))
     for name in names:
         if name not in metrics:
             raise ConfigError(f"metrics has no value for adapter {name!r}.")
@@ -202,7 +203,7 @@ def metric_weighted(
         raise ConfigError(f"the weights of {', '.join(names)} sum to 0, so there is no average.")
     shares = [g / total for g in gains]
     for stack in stacks:
-        if space == "delta":
+        if average_of == "delta":
             yield stack.module, weighted_sum(stack, [lam * c for c in shares])
         else:
             yield stack.module, _factor_average(stack, shares, lam)
@@ -211,8 +212,8 @@ def metric_weighted(
 def _factor_average(stack: Stack, shares: Sequence[float], lam: float) -> Factored:
     if len(set(stack.ranks)) > 1:
         raise ConfigError(
-            f"space='factor' needs the same rank everywhere; module {stack.module!r} has "
-            f"{dict(zip(stack.names, stack.ranks, strict=True))}. Use space='delta'."
+            f"average_of='factor' needs the same rank everywhere; module {stack.module!r} has "
+            f"{dict(zip(stack.names, stack.ranks, strict=True))}. Use average_of='delta'."
         )
     pairs = [stack.scaled(i) for i in range(len(stack.names))]
     b = torch.stack([c * b for c, (b, _) in zip(shares, pairs, strict=True)]).sum(0)

@@ -28,6 +28,22 @@ class _Required:
 
 
 REQUIRED = _Required()
+# Keywords of `merge_adapters` itself: a method's option of that name could never be given.
+_RESERVED = (
+    "model",
+    "adapters",
+    "method",
+    "weights",
+    "adapter_name",
+    "space",
+    "rank",
+    "pad_rank",
+    "post",
+    "modules_to_save",
+    "strict_base",
+    "overwrite",
+    "seed",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +109,8 @@ def describe(
     """Return the record of a function without registering it (a user's own method).
 
     Raises:
-        ConfigError: `function` is not of the form ``f(stacks, *, options)``.
+        ConfigError: `function` is not of the form ``f(stacks, *, options)``, or an option has the
+            name of an argument of `merge_adapters`.
     """
     if needs not in get_args(Needs):
         raise ConfigError(f"needs got {needs!r}.{suggest(str(needs), get_args(Needs))}")
@@ -103,6 +120,12 @@ def describe(
         raise ConfigError(
             f"the method {name!r} must take the stacks and keyword-only options, "
             f"f(stacks, *, ...); {(odd or [first.name])[0]!r} is not keyword-only."
+        )
+    taken = [p.name for p in rest if p.name in _RESERVED]
+    if taken:
+        raise ConfigError(
+            f"the method {name!r} has an option {taken[0]!r}, which is an argument of "
+            f"merge_adapters; give it another name."
         )
     options = {p.name: REQUIRED if p.default is p.empty else p.default for p in rest}
     summary = (inspect.getdoc(function) or "").partition("\n")[0]

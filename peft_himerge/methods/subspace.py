@@ -38,7 +38,7 @@ __all__ = ["iso_c", "iso_cts", "opcm", "tsv_m"]
     low_rank=True,
 )
 def tsv_m(
-    stacks: Sequence[Stack], *, lam: float = 1.0, rank: int | None = None
+    stacks: Sequence[Stack], *, lam: float = 1.0, directions: int | None = None
 ) -> Iterator[tuple[str, Delta]]:
     """Put the singular vectors of all adapters side by side and make them orthogonal.
 
@@ -52,15 +52,15 @@ def tsv_m(
     Args:
         stacks: all modules.
         lam: factor on the merged delta.
-        rank: directions kept per adapter; default min(out, in) // T as in the paper.
+        directions: singular triples kept per adapter; default min(out, in) // T as in the paper.
 
     Raises:
         ConfigError: an option is out of range.
     """
-    lam, rank = number("lam", lam), _budget(rank)
+    lam, directions = number("lam", lam), _budget(directions)
     for stack in stacks:
         frame = frame_of(stack)
-        share = rank or max(1, min(stack.shape) // max(1, len(frame.present)))
+        share = directions or max(1, min(stack.shape) // max(1, len(frame.present)))
         found = [frame.spectrum(i).top(share) for i in frame.present]
         yield stack.module, frame.lift(_orthogonalised(frame, found, lam, isotropic=False))
 
@@ -129,7 +129,7 @@ def iso_cts(
     *,
     lam: float = 1.0,
     common: float = 0.8,
-    rank: int | None = None,
+    directions: int | None = None,
 ) -> Iterator[tuple[str, Delta]]:
     """Keep the leading common directions, add each adapter's own, all at the same strength.
 
@@ -146,23 +146,26 @@ def iso_cts(
         stacks: all modules.
         lam: factor on the merged delta.
         common: share of the budget for common directions, in [0, 1].
-        rank: the budget; default the sum of the deltas' ranks, at most min(out, in).
+        directions: the budget; default the sum of the deltas' ranks, at most min(out, in).
 
     Raises:
         ConfigError: an option is out of range.
     """
-    lam, common, rank = number("lam", lam), fraction("common", common), _budget(rank)
+    lam, common = number("lam", lam), fraction("common", common)
+    directions = _budget(directions)
     for stack in stacks:
         frame = frame_of(stack)
-        found = _common_and_own(frame, common, rank, min(stack.shape))
+        found = _common_and_own(frame, common, directions, min(stack.shape))
         yield stack.module, frame.lift(_orthogonalised(frame, found, lam, isotropic=True))
 
 
-def _common_and_own(frame: Frame, common: float, rank: int | None, limit: int) -> list[Spectrum]:
+def _common_and_own(
+    frame: Frame, common: float, directions: int | None, limit: int
+) -> list[Spectrum]:
     tasks = len(frame.present)
     if not tasks:
         return []
-    budget = min(limit, rank or sum(frame.spectrum(i).rank for i in frame.present))
+    budget = min(limit, directions or sum(frame.spectrum(i).rank for i in frame.present))
     own = min(budget // tasks, round((budget - int(common * budget)) / tasks))
     shared = _of_sum(frame).top(budget - own * tasks)
     found = []
@@ -272,5 +275,5 @@ def _novel(merged: Tensor, core: Tensor, frame: Frame, alpha: float) -> Tensor:
     return novel
 
 
-def _budget(rank: int | None) -> int | None:
-    return None if rank is None else whole("rank", rank, least=1)
+def _budget(directions: int | None) -> int | None:
+    return None if directions is None else whole("directions", directions, least=1)
