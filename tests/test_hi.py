@@ -519,3 +519,24 @@ def test_merge_twice_in_one_model_gives_the_same_numbers() -> None:
     assert first.scores == second.scores
     assert first.contributions == second.contributions
     assert first.modules == second.modules
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_accept_best_is_never_worse_than_its_start_nor_than_the_paper_s_edits(kind: str) -> None:
+    model = tiny.peft_model(kind, 2, seed=1)
+    names = list(tiny.NAMES[:2])
+    fns = tiny.eval_fns(kind, names, seed=1)
+    means = {}
+    for accept in ("no_regression", "best"):
+        config = HiMergeConfig(**FIXED, accept=accept, max_export_drop=None)
+        result = merge_adapters_hi(model, names, fns, adapter_name=accept, config=config)
+        means[accept] = sum(result.scores["merged"].values())
+        assert means[accept] >= sum(result.scores["model_wise"].values())
+        last = None
+        for resolution in result.conflicts:
+            if resolution.after:
+                before, after = sum(resolution.before.values()), sum(resolution.after.values())
+                assert resolution.accepted == (after >= before)
+                assert last is None or before == last
+                last = after if resolution.accepted else before
+    assert means["best"] > means["no_regression"]

@@ -75,8 +75,8 @@ def train(
         settings: Settings per task; tasks that are left out are not trained. None is `SETTINGS`.
         seed: Replaces the seed of every task's settings.
         score_rows: Test rows for the scores before and after; None takes all.
-        bfloat16: Train on a bfloat16 copy of the base (about twice as fast on new CPUs; the
-            factors being trained and all scores stay float32).
+        bfloat16: Train on a bfloat16 copy of the base (faster on CPUs with bfloat16
+            instructions; the factors being trained and all scores stay float32).
         progress: Show a progress bar with the time left.
 
     Returns:
@@ -118,15 +118,17 @@ def train(
             "before": _means(before),
             "after": _means(after),
             "last_loss": round(loss, 4),
-            "versions": {
-                "python": platform.python_version(),
-                **{tool: version(tool) for tool in ("torch", "transformers", "peft", "babel")},
-            },
+            "versions": _versions(),
         }
         text = json.dumps(record, indent=2) + "\n"
         (folder / "training.json").write_text(text, encoding="utf-8")
         folders[task] = folder
     return folders
+
+
+def _versions() -> dict[str, str]:
+    tools = ("torch", "transformers", "peft", "babel")
+    return {"python": platform.python_version(), **{tool: version(tool) for tool in tools}}
 
 
 @dataclass(frozen=True, slots=True)
