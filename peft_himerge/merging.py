@@ -38,7 +38,7 @@ from .request import (
 )
 from .result import ModuleError
 
-__all__ = ["AdapterMerge", "merge_adapters", "run"]
+__all__ = ["AdapterMerge", "merge_adapters", "run", "take_out"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,10 +229,7 @@ def run(model: PeftModel, adapter_name: str, request: Request, start: float) -> 
         with torch.no_grad():
             parts = _compressed(request)
         if adapter_name in model.peft_config:
-            with warnings.catch_warnings():
-                # PEFT makes another adapter active; `preserved` makes the new one active again.
-                warnings.filterwarnings("ignore", message=".* was active which is now deleted")
-                model.delete_adapter(adapter_name)
+            take_out(model, adapter_name)
         rank = export.add_adapter(
             model,
             adapter_name,
@@ -257,6 +254,14 @@ def run(model: PeftModel, adapter_name: str, request: Request, start: float) -> 
         _deltas=_exact(request),
         _sources={a.name: (a, a.version()) for a in request.adapters},
     )
+
+
+def take_out(model: PeftModel, name: str) -> None:
+    """Delete an adapter whose name is about to be given to another."""
+    with warnings.catch_warnings():
+        # PEFT makes another adapter active; `preserved` makes the new one active again.
+        warnings.filterwarnings("ignore", message=".* was active which is now deleted")
+        model.delete_adapter(name)
 
 
 def _compressed(request: Request) -> dict[str, LowRank]:

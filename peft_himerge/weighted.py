@@ -21,7 +21,7 @@ from .adapters import check_config
 from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
 from .lowrank import LowRank, low_rank_of_product
-from .merging import AdapterMerge, run
+from .merging import AdapterMerge, run, take_out
 from .methods.registry import MethodInfo, get_method, list_methods
 from .probe import preserved
 from .request import check_names, check_weights, prepare
@@ -276,7 +276,7 @@ def _as_peft_does(model: PeftModel, adapter_name: str, own: Callable[[], None], 
     with preserved(model):
         torch.manual_seed(seed)
         if adapter_name in model.peft_config:
-            model.delete_adapter(adapter_name)
+            take_out(model, adapter_name)
         try:
             own()
         except BaseException:
