@@ -71,7 +71,7 @@ class HiMergeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         every: only at each n-th evaluation and each n-th save.
         analysis: "full" is the whole method; "scores" merges without search and layer analysis,
             for M(M + 2) scores of M adapters; "off" merges without scoring. Or one per event, e.g.
-            ``{"evaluate": "scores", "train_end": "full"}``.
+            ``{"evaluate": "scores", "train_end": "full"}``; an event left out gets "full".
         artifact: which merged adapters are saved, under ``<output_dir>/himerge/``: "last" (at
             train end, into "merged"), "best" (also whenever the score is a new best, into "best"),
             "all" (also every round, into "step-<n>"), or "off".

@@ -202,7 +202,8 @@ class Combiner:
         """Return the merged delta of one module, dense (out, in); zeros where nothing is added."""
         held = [a.factors[module] for a in self.adapters.values() if module in a.factors]
         dtype = working_dtype(*(f.dtype for f in held))
-        dense = new_dense(self.shape(module), dtype, held[0].b.device)
+        # Zeroing what is filled next costs as much as a third of making the delta.
+        dense = new_dense(self.shape(module), dtype, held[0].b.device, zero=not terms)
         for rows, block in self.blocks(module, terms):
             dense[rows] = block
         return dense
@@ -218,6 +219,8 @@ def add_to_weight(weight: Tensor, kind: Kind, blocks: Iterable[tuple[slice, Tens
     return new
 
 
-def new_dense(shape: tuple[int, int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Allocate one module's dense delta, (out, in) of zeros: the only place that does."""
-    return torch.zeros(shape, dtype=dtype, device=device)
+def new_dense(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device | None, *, zero: bool = True
+) -> Tensor:
+    """Allocate one module's dense delta, (out, in), as zeros or to be filled: the only place."""
+    return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Merged delta -> a PEFT adapter in the live model or in a folder, or a full checkpoint.
+"""Merged delta -> a PEFT adapter in the live model or in a folder, or the live base weights.
 
 The adapter follows the portable profile, the one form that PEFT, vLLM and llama.cpp read alike: one
 rank for all modules (zero-padded), lora_alpha equal to it so that the scaling is exactly 1, rsLoRA
@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import common_base, lora_layers
 from .combine import Combiner, Term, add_to_weight
-from .errors import ConfigError, ExportError, PlanError
-from .factors import as_matrix
+from .errors import ConfigError, ExportError
+from .files import replacing, write_text
 from .lowrank import LowRank, Rank, low_rank
 from .plan import MergePlan
 from .threads import spread
@@ -37,16 +33,11 @@ __all__ = [
     "approximate",
     "iter_approximate",
     "merge_in_place",
-    "replacing",
     "save_adapter",
-    "save_checkpoint",
     "stored_dtype",
-    "stream_tensors",
-    "write_text",
 ]
 
 WEIGHTS = "adapter_model.safetensors"
-_DENSE_ENTRIES = 1 << 28  # of the dense deltas held at once: 1 GB of float32
 
 
 def approximate(combiner: Combiner, plan: MergePlan, rank: Rank) -> dict[str, LowRank]:
@@ -62,11 +53,17 @@ def approximate(combiner: Combiner, plan: MergePlan, rank: Rank) -> dict[str, Lo
 
 
 def iter_approximate(
-    combiner: Combiner, plan: MergePlan, rank: Rank
+    combiner: Combiner, plan: MergePlan, rank: Rank, *, dense_entries: int = 1
 ) -> Iterator[tuple[str, LowRank]]:
     """Yield (module, exported factors) module by module; see `approximate`.
 
-    Modules are spread over the cores, as many at a time as have room for their dense deltas.
+    Args:
+        combiner: makes the deltas.
+        plan: what to export.
+        rank: see `approximate`.
+        dense_entries: modules are spread over the cores as long as their dense deltas hold at most
+            so many entries together; with the default, one dense delta is held at a time.
+            Unpruned modules need none and are always spread.
     """
     if rank == "auto":
         rank = "exact" if not plan.pruned else _sum_of_ranks(combiner, plan)
@@ -77,7 +74,7 @@ def iter_approximate(
         return item[0], low_rank(combiner, *item, limit)
 
     dense = [math.prod(combiner.shape(m)) for m, terms in todo if any(t.cut > 0.0 for t in terms)]
-    most = max(1, _DENSE_ENTRIES // max(dense, default=1))
+    most = max(1, dense_entries // max(dense)) if dense else None
     on_host = all(f.b.device.type == "cpu" for m, ts in todo for f, _ in combiner.factors(m, ts))
     yield from spread(work, todo, most=most if on_host else 1)
 
@@ -204,26 +201,6 @@ def _targets(model: PeftModel, modules: list[str]) -> list[str]:
     return sorted(short)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; on success it takes the place of `path` at once."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either absent, as it was, or whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
 def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
     """Write one adapter of `model` to `folder` in PEFT's layout, flat, and return the folder.
 
@@ -273,129 +250,3 @@ def merge_in_place(model: PeftModel, combiner: Combiner, plan: MergePlan) -> Non
             old = base._parameters["weight"]
             new = add_to_weight(old.detach(), kind, combiner.blocks(module, terms))
             base._parameters["weight"] = nn.Parameter(new, requires_grad=old.requires_grad)
-
-
-def save_checkpoint(
-    base: str | Path, combiner: Combiner, plan: MergePlan, folder: str | Path
-) -> Path:
-    """Write base + merged delta as a full checkpoint, streamed: one tensor in memory at a time.
-
-    Args:
-        base: folder of the base model (safetensors, one file or shards).
-        combiner: makes the deltas.
-        plan: what to merge.
-        folder: where to write; config, tokenizer and other small files are copied along.
-
-    Raises:
-        PlanError: a module of the adapters has no weight in the base checkpoint.
-        ConfigError: `base` holds no safetensors, or the weight is quantised or tied.
-    """
-    source, target = Path(base), Path(folder)
-    shards = sorted(source.glob("*.safetensors"))
-    if not shards:
-        raise ConfigError(f"{str(source)!r} holds no *.safetensors file of a base model.")
-    keys = {}
-    for shard in shards:
-        with safe_open(shard, "pt") as opened:
-            keys.update(dict.fromkeys(opened.keys(), shard))
-    if target.exists() and target.samefile(source):
-        raise ConfigError(f"the merged checkpoint would overwrite the base model in {str(base)!r}.")
-    where = {_find_key(module, keys): module for module in combiner.modules}
-    _refuse_tied(source, where, keys, combiner)
-    _refuse_misfits(where, keys, combiner)
-    target.mkdir(parents=True, exist_ok=True)
-    for extra in sorted(source.iterdir()):
-        small = extra.is_file() and extra.suffix in {".json", ".txt", ".model", ".jinja"}
-        if small:
-            with replacing(target / extra.name) as beside:
-                beside.write_bytes(extra.read_bytes())
-    for shard in shards:
-        with safe_open(shard, "pt") as opened, replacing(target / shard.name) as beside:
-            names = list(opened.keys())
-            heads = {key: opened.get_slice(key) for key in names}
-            metadata = opened.metadata() or {"format": "pt"}
-
-            def tensor(key: str, opened: Any = opened) -> Tensor:
-                value: Tensor = opened.get_tensor(key)
-                module = where.get(key)
-                if module is None:
-                    return value
-                if not value.is_floating_point():
-                    raise ConfigError(f"{key!r} is quantised ({value.dtype}); use a plain base.")
-                terms = combiner.terms(plan, module)
-                return add_to_weight(value, combiner.kind(module), combiner.blocks(module, terms))
-
-            layout = {key: (head.get_dtype(), head.get_shape()) for key, head in heads.items()}
-            stream_tensors(beside, layout, tensor, metadata)
-    return target
-
-
-def _find_key(module: str, keys: Mapping[str, Path]) -> str:
-    """Return the checkpoint's key of a module's weight; a base-model prefix may differ."""
-    exact = f"{module}.weight"
-    if exact in keys:
-        return exact
-    ends = [key for key in keys if exact.endswith(f".{key}") or key.endswith(f".{exact}")]
-    if len(ends) != 1:
-        raise PlanError(
-            f"the base checkpoint has no weight {exact!r}"
-            + (f" (it could be any of {ends})." if ends else ".")
-            + " Is it the base model of these adapters?"
-        )
-    return ends[0]
-
-
-def _refuse_misfits(where: Mapping[str, str], keys: Mapping[str, Path], combiner: Combiner) -> None:
-    for key, module in where.items():
-        with safe_open(keys[key], "pt") as opened:
-            shape = tuple(opened.get_slice(key).get_shape())
-        got = as_matrix(torch.empty(shape, device="meta"), combiner.kind(module)).shape
-        if tuple(got) != combiner.shape(module):
-            raise PlanError(
-                f"module {module!r}: the delta is {combiner.shape(module)} but the base "
-                f"checkpoint's weight is {tuple(got)} (out, in). Is it the base of these adapters?"
-            )
-
-
-def _refuse_tied(
-    source: Path, where: Mapping[str, str], keys: Mapping[str, Path], combiner: Combiner
-) -> None:
-    config = source / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    # A config says only what differs from its class's default; GPT-2 and T5 tie by default. A
-    # checkpoint without a weight for the head ties it in any case.
-    kinds = {m: combiner.kind(m) for m in where.values()}
-    tied = settings.get("tie_word_embeddings", not any("lm_head" in key for key in keys))
-    heads = [m for m, kind in kinds.items() if kind == "embedding" or m.endswith("lm_head")]
-    if tied and heads:
-        raise ConfigError(
-            f"the base ties its embedding and head, and {heads[0]!r} has a delta: a checkpoint "
-            f"with tied weights cannot hold it. Export as LoRA, or untie the base first."
-        )
-
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-_BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-
-
-def stream_tensors(
-    path: Path,
-    layout: Mapping[str, tuple[str, list[int]]],
-    tensor: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file tensor by tensor: header length, JSON header, raw bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for key, (dtype, shape) in layout.items():
-        size = math.prod(shape) * _BYTES[dtype]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)))
-        out.write(text)
-        for key in layout:
-            flat = tensor(key).contiguous().flatten().view(torch.uint8)
-            out.write(flat.numpy().data)

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from . import export
+from . import export, files
 from .carried import fill
 from .combine import Combiner
 from .errors import AdapterError, ConfigError, suggest
@@ -108,7 +108,7 @@ class AdapterMerge:
         """
         target = Path(folder)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, default=str)
-        export.write_text(target / "report.json", text + "\n")
+        files.write_text(target / "report.json", text + "\n")
         return export.save_adapter(self.model, self.adapter_name, target)
 
     def to_dict(self) -> dict[str, Any]:

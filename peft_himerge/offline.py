@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import export, report
+from . import export, files, report
 from .adapters import common_base
 from .combine import Combiner
 from .config import HiMergeConfig
@@ -33,6 +33,7 @@ from .result import ModuleError, relative_error, versions
 
 __all__ = ["FolderMerge", "merge_folders"]
 
+_DENSE_ENTRIES = 1 << 28  # of the dense deltas held at once, over all cores: 1 GB of float32
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -195,22 +196,22 @@ def _write(
     parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     try:
-        parts = export.iter_approximate(combiner, plan, config.rank)
+        parts = export.iter_approximate(combiner, plan, config.rank, dense_entries=_DENSE_ENTRIES)
         rank, done = _write_factors(beside / export.WEIGHTS, combiner, parts)
         modules = tuple(ModuleError(m, p.rank, p.error, p.norm) for m, p in done)
         fields = _fields(combiner, rank)
         text = json.dumps(fields, indent=2, sort_keys=True)
-        export.write_text(beside / "adapter_config.json", text + "\n")
-        export.write_text(beside / "plan.json", plan.to_json())
+        files.write_text(beside / "adapter_config.json", text + "\n")
+        files.write_text(beside / "plan.json", plan.to_json())
         merge = FolderMerge(
             target, adapter_name, plan, rank, modules, time.perf_counter() - start, _peak()
         )
         facts = merge.to_dict()
         text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-        export.write_text(beside / "report.json", text + "\n")
-        export.write_text(beside / "report.md", report.render_markdown(facts))
+        files.write_text(beside / "report.json", text + "\n")
+        files.write_text(beside / "report.md", report.render_markdown(facts))
         card = report.render_card(facts, fields["base_model_name_or_path"])
-        export.write_text(beside / "README.md", card)
+        files.write_text(beside / "README.md", card)
         _put_in_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -263,8 +264,8 @@ def _write_factors(
 
         by_key = {e.key: e for e in entries}
         layout = {e.key: (_CODES[e.dtype], list(e.shape)) for e in entries}
-        with export.replacing(path) as beside:
-            export.stream_tensors(beside, layout, tensor, {"format": "pt"})
+        with files.replacing(path) as beside:
+            files.stream_tensors(beside, layout, tensor, {"format": "pt"})
     return rank, tuple(done)
 
 

@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel
 from torch import Tensor
 
-from . import export, report
+from . import checkpoint, export, files, report
 from .combine import Combiner
 from .conflict import Resolution
 from .contribution import Contributions
@@ -132,13 +132,13 @@ class MergeResult:
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        export.write_text(target / "plan.json", self.plan.to_json())
+        files.write_text(target / "plan.json", self.plan.to_json())
         facts = self.to_dict()
         text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-        export.write_text(target / "report.json", text + "\n")
-        export.write_text(target / "report.md", report.render_markdown(facts))
+        files.write_text(target / "report.json", text + "\n")
+        files.write_text(target / "report.md", report.render_markdown(facts))
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        export.write_text(target / "README.md", report.render_card(facts, base))
+        files.write_text(target / "README.md", report.render_card(facts, base))
         return export.save_adapter(self.model, self.adapter_name, target)
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
@@ -146,7 +146,7 @@ class MergeResult:
 
         Nothing is approximated here, so a pruned merge scores as `scores["merged"]`.
         """
-        return export.save_checkpoint(base, self._unchanged(), self.plan, folder)
+        return checkpoint.save_checkpoint(base, self._unchanged(), self.plan, folder)
 
     def merge_into_model(self) -> None:
         """Add the exact merged delta to the live model's base weights, for good.

@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "plan": {"errors"},
     "scoring": {"errors"},
     "threads": {"errors"},
+    "files": {"errors"},
     "randomness": {"errors"},
     "processes": {"errors"},
     "factors": {"errors", "threads"},
@@ -54,7 +55,8 @@ ROOMS: dict[str, set[str]] = {
     # floor 5: what stands on those
     "progress": {"events"},
     "tables": {"report", "result"},
-    "export": {"adapters", "combine", "errors", "factors", "lowrank", "plan", "threads"},
+    "export": {"adapters", "combine", "errors", "files", "lowrank", "plan", "threads"},
+    "checkpoint": {"combine", "errors", "factors", "files", "plan"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
         "threads",
@@ -66,6 +68,7 @@ ROOMS: dict[str, set[str]] = {
     # floor 6: what the user gets back
     "preview": {"blocks", "combine", "config", "cost", "errors", "folders", "layers"},
     "result": {
+        *("checkpoint", "files"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
         *("scoring", "search"),
     },
@@ -86,6 +89,7 @@ ROOMS: dict[str, set[str]] = {
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
     "merging": {
+        "files",
         *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
         *("methods", "plan", "probe", "request", "result"),
     },
@@ -108,8 +112,12 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "tracking", "training"),
     },
     "offline": {
+        "files",
         *("adapters", "combine", "config", "errors", "export", "factors", "folders", "lowrank"),
         *("plan", "report", "result"),
+    },
+    "sweep": {
+        *("config", "errors", "events", "hi", "probe", "result", "scoring", "tracking"),
     },
     # floor 9: front doors
     "__init__": {
@@ -119,11 +127,11 @@ ROOMS: dict[str, set[str]] = {
     "cli": {
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
-        *("preview", "processes", "tables"),
+        *("preview", "processes", "sweep", "tables"),
     },
     "__main__": {"cli"},
     "demo": {
-        *("config", "errors", "evals", "export", "hi", "plan", "progress", "result"),
+        *("config", "errors", "evals", "files", "hi", "plan", "progress", "result"),
         *("scoring", "tables"),
     },
 }
@@ -149,7 +157,8 @@ NO_TORCH = {
 }
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("carried", "merging", "offline", "request", "result", "rounds", "training", "weighted"),
+    *("carried", "merging", "offline", "request", "result", "rounds", "sweep", "training"),
+    "weighted",
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -170,15 +179,17 @@ DOORS: dict[str, set[str]] = {
         "training",
         "preview",
     },
-    "safetensors": {"adapters", "demo", "export", "folders", "methods"},
+    "safetensors": {"adapters", "checkpoint", "demo", "export", "folders", "methods"},
     "accelerate": {"identity", "processes", "rounds", "training"},
     "huggingface_hub": {"report"},
     "pydantic": {"config"},
     "psutil": {"probe"},
+    "optuna": {"sweep"},
+    "yaml": {"sweep"},
     "pandas": {"contribution"},
     "typer": {"cli"},
     "rich": {"cli", "demo", "progress", "tables"},
-    "wandb": {"tracking"},
+    "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},
     "babel": {"demo"},
     "gguf": {"demo"},

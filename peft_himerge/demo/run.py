@@ -21,7 +21,7 @@ from rich.table import Table
 from peft_himerge.config import HiMergeConfig
 from peft_himerge.demo import adapter_dirs, load_base, load_tasks, train
 from peft_himerge.evals import multiple_choice
-from peft_himerge.export import write_text
+from peft_himerge.files import write_text
 from peft_himerge.hi import merge_adapters_hi, score_plans
 from peft_himerge.plan import Edit, MergePlan
 from peft_himerge.progress import ProgressBar

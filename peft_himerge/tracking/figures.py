@@ -109,6 +109,6 @@ def _draw_scores(axes: Any, done: Round) -> None:
         places = [place + index * width for place in range(len(tasks))]
         axes.bar(places, values, width=width, label=state)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(tasks))], tasks)
-    if rows:
-        axes.legend()
+    if rows:  # below the bars, which may reach anywhere
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, fontsize="small")
     axes.set_title("scores, higher is better")
