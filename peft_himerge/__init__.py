@@ -1,6 +1,7 @@
 """Merge several LoRA adapters into one by Hi-Merging, inside the training script."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from .config import HiMergeConfig as HiMergeConfig
 from .errors import HiMergeError as HiMergeError
@@ -15,7 +16,7 @@ from .plan import MergePlan as MergePlan
 from .result import MergeResult as MergeResult
 from .weighted import add_weighted_adapter as add_weighted_adapter
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from .callback import HiMergeCallback as HiMergeCallback
 
 __version__ = "0.1.0"
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     # The callback imports transformers' Trainer, which takes seconds; most users never need it.
     if name == "HiMergeCallback":
         from .callback import HiMergeCallback
