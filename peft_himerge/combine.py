@@ -202,7 +202,7 @@ class Combiner:
         """Return the merged delta of one module, dense (out, in); zeros where nothing is added."""
         held = [a.factors[module] for a in self.adapters.values() if module in a.factors]
         dtype = working_dtype(*(f.dtype for f in held))
-        # Zeroing what is filled next costs as much as a third of making the delta.
+        # Zeroing what is filled next would be one more pass over all of it.
         dense = new_dense(self.shape(module), dtype, held[0].b.device, zero=not terms)
         for rows, block in self.blocks(module, terms):
             dense[rows] = block
