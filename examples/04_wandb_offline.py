@@ -40,7 +40,9 @@ def main(out: Path) -> None:
     with wandb.init(project="himerge-example", dir=str(out)) as run:
         listeners = [WandbListener(), JsonlListener(out / "merges.jsonl"), keep]
         for scale in (1.0, 0.7):
-            config = HiMergeConfig(density=0.5, scale=scale, max_export_drop=None)
+            config = HiMergeConfig(
+                density=0.5, scale=scale, accept="no_regression", max_export_drop=None
+            )
             name = f"merged-{scale:g}".replace(".", "-")
             merge_adapters_hi(
                 model,

@@ -166,3 +166,19 @@ def _logged_keys() -> set[str]:
     done = next(r for r in rounds if r is not None)
     charts = ("contributions", "heatmap_image", "conflict_image", "round")
     return {f"himerge/{name}" for name in (*scalars(done), *charts)} | {"train/global_step"}
+
+
+def test_list_of_pitfalls_names_tests_that_exist() -> None:
+    import re
+
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|", text, re.M)
+    assert rows == [str(n) for n in range(1, 26)]
+    known = "".join(
+        (ROOT / "tests" / f"test_{room}.py").read_text(encoding="utf-8")
+        for room in ("callback", "tracking", "sweep")
+    )
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 20
+    for name in named:
+        assert f"def {name}(" in known, name
