@@ -16,8 +16,7 @@ import torch
 from tiny_tasks import Rows, base_model, lora, score_of, train_adapter
 from transformers import Trainer, TrainingArguments
 
-from peft_himerge import HiMergeConfig
-from peft_himerge.callback import HiMergeCallback
+from peft_himerge import HiMergeCallback, HiMergeConfig
 
 
 def main(out: Path) -> None:

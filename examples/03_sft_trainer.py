@@ -17,8 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from peft_himerge import HiMergeConfig
-from peft_himerge.callback import HiMergeCallback
+from peft_himerge import HiMergeCallback, HiMergeConfig
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
