@@ -1,7 +1,7 @@
 """Which density and scale: candidates in, scores asked for, the best edit out.
 
 Source: Hi-Merging searches both over 0.1..1.0 in steps of 0.1 on the adapter's own task ("grid").
-"coarse" is ours: one line over density, one over scale, one last look, at most 12 scores.
+"coarse" is ours: one line over scale, one over density, one last look, at most 12 scores.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .plan import Edit
 __all__ = ["GRID", "Trial", "best", "budget", "search_edit"]
 
 GRID = tuple(round(0.1 * i, 1) for i in range(1, 11))
-_COARSE_DENSITY = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-_COARSE_SCALE = (0.3, 0.5, 0.7, 0.8, 0.9)
+_COARSE_SCALE = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+_COARSE_DENSITY = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,11 @@ def search_edit(
             GRID if free_scale else (given.scale,),
         )
         return trials
-    look(_COARSE_DENSITY, (1.0,))
-    look((best(trials).edit.density,), _COARSE_SCALE)
+    # Scale first: on real adapters it decides more than density does, and the trials at density 1
+    # cost no threshold.
+    look((1.0,), _COARSE_SCALE)
+    look(_COARSE_DENSITY, (best(trials).edit.scale,))
     top = best(trials).edit
-    at = _COARSE_DENSITY.index(top.density)
-    look((_COARSE_DENSITY[at - 1 if at else at + 1],), (top.scale,))
+    at = _COARSE_SCALE.index(top.scale)
+    look((top.density,), (_COARSE_SCALE[at - 1 if at else at + 1],))
     return trials

@@ -61,8 +61,8 @@ def test_merge_command_writes_an_adapter_that_plain_peft_loads(
     folders: Path, tmp_path: Path
 ) -> None:
     done = himerge(
-        *merge_args(folders, tmp_path / "out"), "--set", "density=1.0", "--set", "scale=1.0", "--set", "layer_density=1.0",
-        "--merged", tmp_path / "full",
+        *merge_args(folders, tmp_path / "out"), "--set", "density=1.0", "--set", "scale=1.0",
+        "--set", "layer_density=1.0", "--merged", tmp_path / "full",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "exported" in done.stdout

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from snapshot import moved, run_python, snapshot
 
 from peft_himerge import Edit, HiMergeConfig, MergePlan, MergeResult, apply_plan, merge_adapters_hi
+from peft_himerge import checkpoint as checkpoint_room
 from peft_himerge import combine as combine_room
 from peft_himerge import export as export_room
 from peft_himerge.adapters import lora_layers, read_adapters
@@ -611,7 +612,7 @@ def test_save_merged_interrupted_leaves_no_half_written_file(
 ) -> None:
     result = merge(tiny.peft_model("llama", 2, torch.float32))
     tiny.tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    add, calls = export_room.add_to_weight, []
+    add, calls = checkpoint_room.add_to_weight, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
@@ -619,7 +620,7 @@ def test_save_merged_interrupted_leaves_no_half_written_file(
             raise KeyboardInterrupt
         return add(*args)
 
-    monkeypatch.setattr(export_room, "add_to_weight", interrupted)
+    monkeypatch.setattr(checkpoint_room, "add_to_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         result.save_merged(tmp_path / "base", tmp_path / "out")
     assert len(calls) == 5

@@ -1,0 +1,57 @@
+"""What README.md shows is what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from peft_himerge import HiMergeConfig
+from peft_himerge.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    model = tiny.peft_model("llama", 2, dtype=torch.float32)
+    evals = tiny.eval_fns("llama", ["en", "zh"])
+    code = code.replace("scale=0.9)", "scale=0.9, max_export_drop=None)")
+    names = {"model": model, "eval_en": evals["en"], "eval_zh": evals["zh"]}
+    exec(compile(code, "README.md", "exec"), names)
+    assert model.active_adapter == "merged"
+    assert {"merged", "again", "both", "ties", "tsv"} <= set(model.peft_config)
+    assert names["again"].plan == names["result"].plan
+    assert (tmp_path / "merged_adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_every_option_is_in_the_readme() -> None:
+    for name in HiMergeConfig.model_fields:
+        assert f"`{name}`" in README, name
+
+
+def test_every_command_of_the_readme_is_there() -> None:
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    for name in re.findall(r"^(?:.venv/bin/)?himerge (\w+)", README, re.MULTILINE):
+        assert name in commands, name
+    shown = CliRunner().invoke(app, ["--help"])
+    assert shown.exit_code == 0
+
+
+def test_the_result_table_is_the_one_the_demo_printed() -> None:
+    table = (ROOT / "examples" / "demo_result.md").read_text(encoding="utf-8").strip()
+    assert table.splitlines()[0].startswith("| state |")
+    assert table in README
+
+
+def test_both_commands_use_the_constraints_file() -> None:
+    blocks = re.findall(r"<!-- (?:install|test) -->\n```sh\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    assert all("-c constraints.txt" in block for block in blocks)
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
