@@ -277,8 +277,8 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write the merged adapter and report to.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=8, help="Validation rows per task and score.")] = 32,
-    test_rows: Annotated[int, typer.Option(min=8, help="Test rows per task.")] = 200,
+    rows: Annotated[int, typer.Option(min=8, help="Validation rows per task and score.")] = 48,
+    test_rows: Annotated[int, typer.Option(min=8, help="Test rows per task.")] = 248,
 ) -> None:
     """Merge an English and a Chinese adapter of Gemma-3-270M and show what was won."""
     from .demo.run import run
