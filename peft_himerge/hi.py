@@ -21,6 +21,7 @@ from .factors import Adapter
 from .identity import base_digest
 from .ledger import Ledger, open_ledger
 from .lowrank import LowRank
+from .names import check_adapter_names, check_new_name
 from .plan import MergePlan
 from .probe import Probe, preserved
 from .processes import Team, together
@@ -237,15 +238,7 @@ def _result(
 
 
 def _check_names(adapters: Sequence[str], eval_fns: Mapping[str, EvalFn] | None) -> list[str]:
-    listed = isinstance(adapters, Sequence) and not isinstance(adapters, str)
-    if not listed or not all(isinstance(name, str) for name in adapters):
-        raise ConfigError(f"adapters must be a list of adapter names, got {adapters!r}.")
-    names = list(adapters)
-    if not names:
-        raise ConfigError("adapters is empty: name the adapters to merge.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"adapters names {twice[0]!r} more than once.")
+    names = check_adapter_names(adapters)
     if eval_fns is None:
         return names
     if not isinstance(eval_fns, Mapping):
@@ -265,15 +258,8 @@ def _check_names(adapters: Sequence[str], eval_fns: Mapping[str, EvalFn] | None)
 
 
 def _check_free(model: Any, adapter_name: str) -> None:
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ConfigError(
-            f"adapter_name must be a non-empty name without dots, got {adapter_name!r}."
-        )
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise ConfigError(
-            f"the model has an adapter {adapter_name!r} already. Choose another adapter_name, or "
-            f"call model.delete_adapter({adapter_name!r}) first."
-        )
+    taken = model.peft_config if isinstance(model, PeftModel) else ()
+    check_new_name(adapter_name, taken, f"call model.delete_adapter({adapter_name!r}) first")
 
 
 def _tasks(

@@ -21,6 +21,7 @@ from .methods.depth import Lines
 from .methods.registry import MethodInfo
 from .methods.spaces import Space, in_space
 from .methods.stack import Delta, Stack
+from .names import check_adapter_names, check_new_name
 
 __all__ = [
     "Request",
@@ -150,24 +151,10 @@ def check_names(
     Raises:
         ConfigError: there are none, one is named twice, or the new name can't be taken.
     """
-    if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
-        raise ConfigError(f"adapters must be a list of adapter names, got {adapters!r}.")
-    names = list(adapters)
-    if not names:
-        raise ConfigError("adapters is empty: name the adapters to merge.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"adapters names {twice[0]!r} more than once.")
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ConfigError(
-            f"adapter_name must be a non-empty name without dots, got {adapter_name!r}."
-        )
+    names = check_adapter_names(adapters)
     known = getattr(model, "peft_config", {})
-    if adapter_name in known and not overwrite:
-        raise ConfigError(
-            f"the model has an adapter {adapter_name!r} already. Choose another adapter_name, or "
-            f"pass overwrite=True to replace it."
-        )
+    remedy = "pass overwrite=True to replace it"
+    check_new_name(adapter_name, () if overwrite else known, remedy)
     for name in names:
         if known and name not in known:
             raise AdapterError(f"Adapter {name} does not exist.{suggest(name, known)}")

@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "scoring": {"errors"},
     "threads": {"errors"},
     "files": {"errors"},
+    "names": {"errors"},
     "randomness": {"errors"},
     "processes": {"errors"},
     "factors": {"errors", "threads"},
@@ -78,7 +79,7 @@ ROOMS: dict[str, set[str]] = {
         *("plan", "scoring", "search"),
     },
     "hi": {
-        "run",
+        *("names", "run"),
         *("adapters", "combine", "config", "conflict", "contribution", "cost", "engine"),
         *("errors", "events", "export", "factors", "identity", "journal", "layers", "ledger"),
         *("lowrank", "plan", "probe", "processes", "randomness", "result", "scoring", "search"),
@@ -86,6 +87,7 @@ ROOMS: dict[str, set[str]] = {
     # the other methods: the drop-in for PEFT's own, and the registry's way into a model
     "carried": {"adapters", "errors", "factors"},
     "request": {
+        "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
     "merging": {
@@ -141,6 +143,7 @@ TYPES_ONLY = {
 }
 
 NO_TORCH = {
+    "names",
     "errors",
     "plan",
     "layers",
