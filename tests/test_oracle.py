@@ -226,7 +226,14 @@ def test_hi_merge_float_scores_and_ties() -> None:
     assert {k: d.item() for k, d in result.deltas.items()} == {"layers.0": 1.0, "layers.1": 0.5}
     record = oracle.Contribution("l", "t", 0, 0, 0, 0, 3.0, 0, 1.0, 0.1)
     twin = oracle.Contribution("l", "s", 0, 0, 0, 0, 3.0, 0, 1.0, 0.1)
-    assert oracle.severe_winner({("l", "t"): record, ("l", "s"): twin}, "l") == "s"
+    records, gains = {("l", "t"): record, ("l", "s"): twin}, {"t": 1.0, "s": 1.0}
+    delta = {"l.0.q": torch.ones(1, 1)}
+    held = {"t": delta, "s": delta}
+    at = {("l.0", task): c for (_, task), c in records.items()}
+    assert oracle.severe_winner(at, "l.0", held, gains) == "s"
+    # An adapter without a delta in the layer has nothing to keep; c counts in units of the gain.
+    assert oracle.severe_winner(at, "l.0", held | {"s": {}}, gains) == "t"
+    assert oracle.severe_winner(at, "l.0", held, gains | {"s": 2.0}) == "t"
 
 
 @pytest.mark.parametrize(

@@ -257,8 +257,8 @@ def test_core_ties_is_ties_on_the_dense_cores(case: str, density: float) -> None
 
 def test_tsv_in_core_is_tsv() -> None:
     stack = CASES["eight"]
-    ((_, full),) = tsv_m([stack], rank=2)
-    same(merged(tsv_m, stack, "core", rank=2), full.dense(), 1e-8)
+    ((_, full),) = tsv_m([stack], directions=2)
+    same(merged(tsv_m, stack, "core", directions=2), full.dense(), 1e-8)
 
 
 @dataclasses.dataclass(frozen=True)
