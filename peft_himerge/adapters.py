@@ -42,6 +42,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "arrow_config": "arrow routing has no single delta",
     }
 )
+# Initialisations that also change the base weights (PEFT's LoraConfig docs).
+_REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
@@ -99,6 +101,13 @@ def check_config(name: str, config: Any, carried: Collection[str] = ()) -> None:
         value = getattr(config, field, None)
         if value and field not in carried:
             raise AdapterError(f"adapter {name!r} uses {field}={value!r}: {reason}.")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_REBASED):
+        raise AdapterError(
+            f"adapter {name!r} was started with init_lora_weights={start!r}, which also changed "
+            f"the base weights. Save it with path_initial_model_for_weight_conversion to get a "
+            f"plain LoRA adapter of the original base."
+        )
     if getattr(config, "bias", "none") != "none":
         raise AdapterError(
             f"adapter {name!r} trained biases (bias={config.bias!r}), which are not a low-rank "

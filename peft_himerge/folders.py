@@ -105,8 +105,6 @@ _HARMLESS = frozenset(
     "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
     "runtime_config ensure_weight_tying".split()
 )
-# Initialisations that also change the base weights (PEFT's LoraConfig docs).
-_REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LINEAR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _EMBEDDING = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<side>[AB])")
 _WHAT: Mapping[str, str] = MappingProxyType(
@@ -164,13 +162,6 @@ def _check_fields(name: str, config: Mapping[str, Any]) -> None:
                 f"adapter {name!r} sets {field}={value!r}, with which its delta is not known to be "
                 f"plain scaling * B @ A. Train without it."
             )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_REBASED):
-        raise AdapterError(
-            f"adapter {name!r} was started with init_lora_weights={start!r}, which also changed "
-            f"the base weights. Save it with path_initial_model_for_weight_conversion to get a "
-            f"plain LoRA adapter of the original base."
-        )
     for field in ("r", "lora_alpha"):
         value = config.get(field)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:

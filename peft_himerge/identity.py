@@ -39,7 +39,10 @@ _PIECE = 1 << 15
 _PIECES_ON_GPU = 1 << 10
 # Settings of a model that do not change what it computes.
 _NO_MATTER = ("_name_or_path", "name_or_path", "transformers_version", "use_cache")
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, PurePath, enum.Enum, range)
+_PLAIN = (
+    *(type(None), type(...), bool, int, float, complex, str, bytes),
+    *(PurePath, enum.Enum, range),
+)
 
 
 def environment(model: PeftModel) -> dict[str, str]:

@@ -331,3 +331,11 @@ def test_adapter_that_was_never_trained_is_warned_about(
 def test_adapter_error_is_a_value_error_of_the_library() -> None:
     assert issubclass(AdapterError, ValueError)
     assert issubclass(AdapterError, HiMergeError)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_start_that_changed_the_base_is_refused_by_name(start: str) -> None:
+    model = tiny.peft_model("llama", 2)
+    model.peft_config["en"].init_lora_weights = start
+    with pytest.raises(AdapterError, match=f"'en'.*init_lora_weights='{start}'"):
+        read_adapters(model, ["zh", "en"])
