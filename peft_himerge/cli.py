@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -334,6 +335,8 @@ def _load_eval_fns(path: Path) -> Any:
 
 def main() -> None:
     """Run the command line; errors are one sentence on stderr, not a traceback."""
+    # transformers 5.23 deprecates an attribute that PEFT still reads; nothing a user can do.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     try:
         app()
     except HiMergeError as exc:
