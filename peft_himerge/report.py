@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .conflict import ConflictKind, Resolution
-from .plan import IDENTITY
+from .plan import IDENTITY, Edit
 
 __all__ = ["conflict_record", "describe_edit", "render_card", "render_markdown", "score_rows"]
 
@@ -21,11 +21,15 @@ def describe_edit(resolution: Resolution) -> str:
     if conflict.winner and resolution.edits.get(conflict.winner) == IDENTITY:
         text = f"kept only {conflict.winner}"
     else:
-        text = ", ".join(
-            f"{name}: density {edit.density:g}, scale {edit.scale:g}"
-            for name, edit in resolution.edits.items()
-        )
+        text = ", ".join(_words(name, edit) for name, edit in resolution.edits.items())
     return text if resolution.accepted else f"{text} (undone: the mean score fell)"
+
+
+def _words(name: str, edit: Edit) -> str:
+    if edit.drops:
+        return f"dropped {name}"
+    density = f"density {edit.density:g}, " if edit.density < 1.0 else ""
+    return f"{name}: {density}scale {edit.scale:g}"
 
 
 def conflict_record(resolution: Resolution) -> dict[str, Any]:

@@ -144,3 +144,13 @@ def test_facts_are_plain_json_without_nan(result: MergeResult, tmp_path: Path) -
     assert {m["module"] for m in facts["export"]["modules"]} == {m.module for m in result.modules}
     assert set(facts["versions"]) == {"python", "torch", "transformers", "peft"}
     assert str(tmp_path.parent) not in text  # no path of this machine
+
+
+def test_edits_by_degrees_are_said_in_words() -> None:
+    conflict = Conflict("h.0", ConflictKind.PARTIAL, 0.1, {"a": 0.2, "b": -0.1}, offenders=("b",))
+    for edit, words in (
+        (Edit(1.0, 0.0), "dropped a"),
+        (Edit(1.0, 1.5), "a: scale 1.5"),
+        (Edit(0.25, 0.5), "a: density 0.25, scale 0.5"),
+    ):
+        assert describe_edit(Resolution(conflict, {"a": edit}, accepted=True)) == words
