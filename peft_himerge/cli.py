@@ -275,6 +275,7 @@ def demo(
         Path | None, typer.Option(help="Folder of any causal LM; default: the registry's Gemma.")
     ] = None,
     train: Annotated[bool, typer.Option(help="Train the two adapters again first.")] = False,
+    paper: Annotated[bool, typer.Option(help="Merge by the paper's own rule.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write the merged adapter and report to.")
     ] = None,
@@ -284,7 +285,7 @@ def demo(
     """Merge an English and a Chinese adapter of Gemma-3-270M and show what was won."""
     from .demo.run import run
 
-    run(base=base, train_again=train, out=out, rows=rows, test_rows=test_rows)
+    run(base=base, train_again=train, paper=paper, out=out, rows=rows, test_rows=test_rows)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

