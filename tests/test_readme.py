@@ -45,9 +45,9 @@ def test_every_command_of_the_readme_is_there() -> None:
 
 
 def test_the_result_table_is_the_one_the_demo_printed() -> None:
-    table = (ROOT / "examples" / "demo_result.md").read_text(encoding="utf-8").strip()
-    assert table.splitlines()[0].startswith("| state |")
-    assert table in README
+    printed = (ROOT / "examples" / "demo_result.md").read_text(encoding="utf-8").strip()
+    assert printed.splitlines()[0].startswith("| state |")
+    assert printed in README
 
 
 def test_both_commands_use_the_constraints_file() -> None:
