@@ -58,9 +58,7 @@ def main() -> None:
     tasks = {
         name: Task(
             name,
-            multiple_choice(
-                splits.validation, tokenizer, batch_size=64, max_rows=chosen.examples
-            ),
+            multiple_choice(splits.validation, tokenizer, batch_size=64, max_rows=chosen.examples),
             "log_likelihood",
         )
         for name, splits in load_tasks().items()
