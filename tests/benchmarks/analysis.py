@@ -4,6 +4,7 @@ Run: ``python tests/benchmarks/analysis.py`` (``--examples 64`` for the demo's s
 ways go through the same engine and the same order of states; only `prefix_cache_gb` differs. The
 two ways take turns task by task, so that other load on the machine hits both. Block-forwards are
 counted by the memo that skips them; the distinct edges are counted here, from the plans alone.
+Embedding and output layer (262144 tokens wide) run in every score and cannot be shared.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def main() -> None:
         "density": chosen.density,
         "equal_bits": equal,
     }
-    reached = run <= EDGES * edges and values["time_share"] <= TIME and equal
+    slowest = max(values["time_share"], values["cpu_share"])  # wall alone moves with other load
+    reached = run <= EDGES * edges and slowest <= TIME and equal
     print("contribution_analysis", json.dumps(values), "reached" if reached else "NOT reached")
     if not chosen.no_write:
         target = f"at most {EDGES:g} x distinct edges, at most {TIME:g} of the time, equal bits"
