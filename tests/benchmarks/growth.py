@@ -110,6 +110,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", choices=DENSITIES, nargs="+", default=list(DENSITIES))
     chosen = parser.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)  # for the record; every process sets its own
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["growth", "_measure"])
     for title in chosen.only:
