@@ -1,5 +1,6 @@
 """What README.md shows is what the code does."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_the_result_table_is_the_one_the_demo_printed() -> None:
     printed = (ROOT / "examples" / "demo_result.md").read_text(encoding="utf-8").strip()
     assert printed.splitlines()[0].startswith("| state |")
     assert printed in README
+
+
+def test_the_benchmark_table_is_made_from_the_results() -> None:
+    spec = importlib.util.spec_from_file_location("t", ROOT / "tests" / "benchmarks" / "table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    _, _, rest = README.partition("<!-- benchmarks -->\n")
+    assert rest.partition("\n<!-- end -->")[0] == module.render()
 
 
 def test_both_commands_use_the_constraints_file() -> None:
