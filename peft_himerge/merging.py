@@ -6,7 +6,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .methods.stack import Delta, Factored, Stack
 from .probe import Probe, preserved
 from .request import (
     Request,
+    check_evidence,
     check_names,
     check_pad,
     check_post,
@@ -56,6 +57,7 @@ class AdapterMerge:
         modules: per module, the rank and the error of the adapter against the exact result.
         rank: the adapter's rank.
         notes: what had to be done differently (an SVD that did not converge); usually empty.
+        fitted: what the method learned from data (`Fitted.report`); {} if it needed none.
         seconds: wall time.
     """
 
@@ -69,6 +71,7 @@ class AdapterMerge:
     modules: tuple[ModuleError, ...]
     rank: int
     notes: tuple[str, ...]
+    fitted: Mapping[str, Any]
     seconds: float
     _deltas: Callable[[], Iterator[tuple[str, Delta]]] = field(repr=False)
     _sources: Mapping[str, tuple[Adapter, int]] = field(repr=False)
@@ -136,6 +139,7 @@ class AdapterMerge:
                 ],
             },
             "notes": list(self.notes),
+            "fitted": dict(self.fitted),
             "seconds": self.seconds,
             "versions": {
                 "python": platform.python_version(),
@@ -160,6 +164,8 @@ def merge_adapters(
     strict_base: bool = True,
     overwrite: bool = False,
     seed: int = 0,
+    eval_fns: Mapping[str, Callable[[Any], Any]] | None = None,
+    inputs: Mapping[str, Iterable[Any]] | None = None,
     **options: Any,
 ) -> AdapterMerge:
     """Merge LoRA adapters of `model` by a method of the registry, on their true deltas.
@@ -187,6 +193,10 @@ def merge_adapters(
         strict_base: refuse adapters that name different base models.
         overwrite: replace an adapter of that name.
         seed: random masks depend on it and on the names of module and adapter, nothing else.
+        eval_fns: adapter -> what scores the model on its task, higher is better; for methods whose
+            `needs` is "scores".
+        inputs: adapter -> batches of its task (dicts of tensors, as the model takes them); for
+            methods whose `needs` is "inputs" or "gradients".
         **options: the method's own.
 
     Returns:
@@ -205,6 +215,7 @@ def merge_adapters(
         info = describe(method, getattr(method, "__name__", "custom"), elementwise=True)
     else:
         raise ConfigError(f"method must be a name or a function, got {method!r}.")
+    check_evidence(info, eval_fns=eval_fns, inputs=inputs)
     request = prepare(
         model,
         info,
@@ -221,12 +232,24 @@ def merge_adapters(
     return run(model, adapter_name, request, start)
 
 
-def run(model: PeftModel, adapter_name: str, request: Request, start: float) -> AdapterMerge:
-    """Run a checked merge, and only then add its result to the model."""
+def run(
+    model: PeftModel,
+    adapter_name: str,
+    request: Request,
+    start: float,
+    evidence: Callable[[Probe], Any] | None = None,
+) -> AdapterMerge:
+    """Run a checked merge, and only then add its result to the model.
+
+    `evidence` makes what the method is fitted to, for methods that need scores, inputs or
+    gradients.
+    """
     combiner = Combiner(request.adapters)
     with preserved(model):
-        Probe(model, combiner)  # refuses deltas that don't fit the base's weights
+        probe = Probe(model, combiner)  # refuses deltas that don't fit the base's weights
         with torch.no_grad():
+            if evidence is not None:
+                request = request.fit(evidence(probe))
             parts = _compressed(request)
         if adapter_name in model.peft_config:
             take_out(model, adapter_name)
@@ -250,6 +273,7 @@ def run(model: PeftModel, adapter_name: str, request: Request, start: float) -> 
         modules=tuple(ModuleError(m, p.rank, p.error, p.norm) for m, p in parts.items()),
         rank=rank,
         notes=tuple(f"{m}: {p.note}" for m, p in parts.items() if p.note),
+        fitted=request.fitted.report if request.fitted else {},
         seconds=time.perf_counter() - start,
         _deltas=_exact(request),
         _sources={a.name: (a, a.version()) for a in request.adapters},

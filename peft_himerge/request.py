@@ -18,13 +18,14 @@ from .factors import Adapter, as_matrix
 from .layers import layer_of
 from .lowrank import LowRank, Rank
 from .methods.depth import Lines
-from .methods.registry import MethodInfo
+from .methods.registry import Fitted, MethodInfo
 from .methods.spaces import Space, in_space
 from .methods.stack import Delta, Stack
 from .names import check_adapter_names, check_new_name
 
 __all__ = [
     "Request",
+    "check_evidence",
     "check_names",
     "check_pad",
     "check_post",
@@ -51,6 +52,7 @@ class Request:
         finish: last change to each module's factors, if given.
         least_rank: pad the adapter with zeros up to this rank.
         seed: the user's seed.
+        fitted: what the method learned from data; None until `fit`, and for methods that need none.
     """
 
     info: MethodInfo
@@ -65,9 +67,16 @@ class Request:
     finish: Callable[[LowRank], LowRank] | None = None
     least_rank: int = 1
     seed: int = 0
+    fitted: Fitted | None = None
+
+    def fit(self, evidence: Any) -> Request:
+        """Return the request with its method fitted to `evidence`."""
+        return replace(self, fitted=self.info.function(self.stacks, evidence, **self.options))
 
     def deltas(self) -> Iterator[tuple[str, Delta]]:
         """Run the method, before `post`."""
+        if self.fitted is not None:
+            return self.fitted.run(self.stacks)
         return in_space(partial(self.info.function, **self.options), self.stacks, self.space)
 
 
@@ -198,6 +207,30 @@ def _weight(name: str, value: Any) -> float:
     if number - number != 0.0:  # NaN or infinity
         raise ConfigError(f"the weight of adapter {name!r} must be a finite number, got {value!r}.")
     return number
+
+
+def check_evidence(info: MethodInfo, **given: Mapping[str, Any] | None) -> None:
+    """Check that what the method needs beside the adapters was given, and nothing else.
+
+    Args:
+        info: the method.
+        **given: `eval_fns` and `inputs` as the user gave them, None if not.
+
+    Raises:
+        ConfigError: something is missing, empty, or would not be read.
+    """
+    needed = {"scores": "eval_fns", "inputs": "inputs", "gradients": "inputs"}.get(info.needs)
+    for name, value in given.items():
+        if name == needed and not value:
+            raise ConfigError(
+                f"method {info.name!r} needs {info.needs}: pass {name}, a dict with one entry per "
+                f"adapter; got {value!r}."
+            )
+        if name != needed and value is not None:
+            raise ConfigError(
+                f"method {info.name!r} needs {info.needs}, so {name} would not be read. Leave it "
+                f"out, or choose a method that needs it (list_methods())."
+            )
 
 
 def check_rank(rank: Any) -> Rank:

@@ -88,7 +88,25 @@ def test_options_that_merge_adapters_takes_itself_are_refused() -> None:
 
 
 def test_positional_options_and_unknown_needs_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'lam' is not keyword-only"):
+    with pytest.raises(ConfigError, match="'lam' does not fit"):
         describe(lambda stacks, lam: None, "odd")
     with pytest.raises(ConfigError, match="needs got 'luck'"):
         describe(lambda stacks: None, "odd", needs="luck")  # type: ignore[arg-type]
+
+
+def test_what_a_method_needs_must_be_given_and_nothing_else() -> None:
+    from peft_himerge.request import check_evidence
+
+    def learned(stacks: Any, evidence: Any, *, steps: int = 3) -> Any: ...
+
+    plain = get_method("cat")
+    info = describe(learned, "learned", needs="scores")
+    assert dict(info.options) == {"steps": 3}
+    check_evidence(plain, eval_fns=None, inputs=None)
+    check_evidence(info, eval_fns={"a": len}, inputs=None)
+    with pytest.raises(ConfigError, match="needs scores: pass eval_fns"):
+        check_evidence(info, eval_fns=None, inputs=None)
+    with pytest.raises(ConfigError, match="needs nothing, so inputs would not be read"):
+        check_evidence(plain, eval_fns=None, inputs={"a": []})
+    with pytest.raises(ConfigError, match="must take stacks and evidence"):
+        describe(lambda stacks: None, "odd", needs="gradients")

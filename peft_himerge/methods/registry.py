@@ -1,20 +1,33 @@
 """The merging methods by name: what each is, where it comes from, and the options it takes.
 
 A method is registered by decorator and stays the plain function it is. Its keyword-only parameters
-are its options; there is no other list of them.
+are its options; there is no other list of them. Most methods read the adapters alone and are of the
+form ``f(stacks, *, options)``. One that needs scores, inputs or gradients is fitted first:
+``f(stacks, evidence, *, options)`` looks at the data once and returns a `Fitted`, which is then run
+like any other method, as often as its deltas are asked for.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
 from ..errors import ConfigError, suggest
+from .stack import Result, Stack
 
-__all__ = ["REQUIRED", "MethodInfo", "Needs", "describe", "get_method", "list_methods", "method"]
+__all__ = [
+    "REQUIRED",
+    "Fitted",
+    "MethodInfo",
+    "Needs",
+    "describe",
+    "get_method",
+    "list_methods",
+    "method",
+]
 
 Needs = Literal["nothing", "scores", "inputs", "gradients"]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -43,7 +56,22 @@ _RESERVED = (
     "strict_base",
     "overwrite",
     "seed",
+    "eval_fns",
+    "inputs",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A method together with what it learned from data.
+
+    Attributes:
+        run: gives the merged deltas of the stacks it was fitted on; the same ones in every call.
+        report: what was learned, as plain JSON values: coefficients, what was tried, scores.
+    """
+
+    run: Callable[[Sequence[Stack]], Result]
+    report: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +84,7 @@ class MethodInfo:
         url: the paper.
         variant: whose reading of it this is: "authors", "peft", "mergekit", "ours", ...
         needs: what it needs beside the adapters: "nothing", "scores" (eval functions), "inputs"
-            (unlabelled examples) or "gradients" (of a loss).
+            (unlabelled examples) or "gradients" (of a loss on them).
         low_rank: True if the result is an exact product of thin factors, so that the exported
             adapter loses nothing.
         elementwise: True if it reads deltas entry by entry, so that it also runs in the spaces
@@ -114,12 +142,16 @@ def describe(
     """
     if needs not in get_args(Needs):
         raise ConfigError(f"needs got {needs!r}.{suggest(str(needs), get_args(Needs))}")
-    first, *rest = inspect.signature(function).parameters.values()
+    read = ("stacks",) if needs == "nothing" else ("stacks", "evidence")
+    parameters = list(inspect.signature(function).parameters.values())
+    first, rest = parameters[: len(read)], parameters[len(read) :]
     odd = [p.name for p in rest if p.kind is not p.KEYWORD_ONLY]
-    if odd or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+    odd += [p.name for p in first if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if odd or len(first) < len(read):
+        what = f"; {odd[0]!r} does not fit." if odd else "."
         raise ConfigError(
-            f"the method {name!r} must take the stacks and keyword-only options, "
-            f"f(stacks, *, ...); {(odd or [first.name])[0]!r} is not keyword-only."
+            f"the method {name!r} must take {' and '.join(read)}, then keyword-only options: "
+            f"f({', '.join(read)}, *, ...){what}"
         )
     taken = [p.name for p in rest if p.name in _RESERVED]
     if taken:
