@@ -55,8 +55,11 @@ def bootstrap_se(
 
 
 def estimate(examples: _Examples, statistic: Statistic) -> Estimate:
-    """Return a statistic with its standard error by bootstrap."""
-    return Estimate(statistic(examples), bootstrap_se(examples, statistic))
+    """Return a statistic with its standard error by bootstrap.
+
+    200 draws know an error to 5 %, and a merge asks for hundreds of scores.
+    """
+    return Estimate(statistic(examples), bootstrap_se(examples, statistic, n=200))
 
 
 def _mean(rows: _Examples) -> float:

@@ -145,10 +145,9 @@ def token_classification(
     for number, row in enumerate(kept, 1):
         known = label_indices(row.labels, names, f"row {number}")
         encoded, first = _words(row, number, tokenizer, max_length)
-        scored = [word for word, label in enumerate(known) if label != IGNORED]
         inputs.append(encoded)
-        places.append([first[word] for word in scored])
-        gold.append([known[word] for word in scored])
+        places.append([place for place, g in zip(first, known, strict=True) if g != IGNORED])
+        gold.append([g for g in known if g != IGNORED])
     worn, pad = read_head(head), pad_id(tokenizer)
     told = fingerprint(
         "token_classification",
@@ -172,12 +171,8 @@ def token_classification(
                     found = words.argmax(-1)
                     right[i] = float((found == wanted).double().mean())
                     chosen[i] = found.tolist()
-        counts = _count(gold, chosen, classes, left_out)
-        return {
-            "accuracy": right,
-            "log_likelihood": likely,
-            "macro_f1": estimate(counts, macro_f1),
-        }
+        whole = estimate(_count(gold, chosen, classes, left_out), macro_f1)
+        return {"accuracy": right, "log_likelihood": likely, "macro_f1": whole}
 
     return EvalFunction("token_classification", len(kept), told, run)
 

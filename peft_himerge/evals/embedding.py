@@ -41,8 +41,8 @@ def embedding_similarity(
 ) -> EvalFunction:
     """Build an eval function that compares cosine similarities with people's judgement.
 
-    The embedding of a text is made from the last hidden states of the model's body; a head, if
-    there is one, is not run.
+    The embedding of a text is made from the last hidden states of the model's body (of an
+    encoder-decoder's encoder); a head, if there is one, is not run.
 
     Args:
         pairs: Pairs of texts with a score, as in STS benchmarks.
@@ -114,6 +114,8 @@ def _embed(
     """Return one vector per text, (texts, width), float64 on the CPU."""
     inner = inner_model(model)
     body = getattr(inner, "base_model", inner)  # transformers' name of a model without its head
+    if inner.config.is_encoder_decoder:
+        body = inner.get_encoder()
     device = input_device(model)
     found: list[Tensor] = [torch.empty(0)] * len(ids)
     for batch in batches([len(line) for line in ids], batch_size):

@@ -106,8 +106,6 @@ def generation(
 
 def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     ids = list(tokenizer(prompt)["input_ids"])
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
-        ids.pop()
     if not ids:
         raise EvalRowError(f"the tokenizer gives no token for the prompt {prompt!r}")
     return ids
@@ -141,6 +139,8 @@ def generate_texts(
 
     inner = inner_model(model)
     answers = 0 if inner.config.is_encoder_decoder else max_new_tokens
+    if not inner.config.is_encoder_decoder:
+        prompts = [_open_ended(ids, tokenizer.eos_token_id) for ids in prompts]
     longest = max(len(ids) for ids in prompts)
     check_length(
         model,
@@ -165,6 +165,11 @@ def generate_texts(
             for i, text in zip(batch, written, strict=True):
                 texts[i] = _cut(text, stop)
     return texts
+
+
+def _open_ended(ids: Sequence[int], end: int | None) -> Sequence[int]:
+    """Drop an end token from a prompt that is to be continued; some tokenizers close every text."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
 
 def _generate(inner: Any, prompts: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:

@@ -209,6 +209,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with (
+            mock.patch("lm_eval.api.model.tqdm", _no_bar),
             mock.patch("lm_eval.api.task.tqdm", _no_bar),
             mock.patch("lm_eval.models.huggingface.tqdm", _no_bar),
         ):
