@@ -206,36 +206,74 @@ class Mixture:
         channel = -1 - len(kernel)
         return branch.up(z.movedim(channel, -1)).movedim(-1, channel)
 
-    def run(self, batch: Batch, *, grad: bool = False, **extra: Any) -> Any:
+    def run(self, batch: Batch, *, grad: bool = False) -> Any:
         """Call the model in the state that is shown.
 
         Args:
             batch: what it is called with; moved to the model's device.
             grad: True to keep what a gradient needs.
-            **extra: more keywords for the model.
         """
         device = next(self._model.parameters()).device
         placed = {k: v if device.type == "meta" else v.to(device) for k, v in batch.items()}
         with torch.set_grad_enabled(grad):
-            return self._model(**placed, **extra)
+            return self._model(**placed)
 
-    def alone(self, name: str, batch: Batch, **extra: Any) -> Any:
+    def alone(self, name: str, batch: Batch) -> Any:
         """Call the model with one adapter alone and go back to what was shown; no gradient.
 
         Args:
             name: the adapter.
             batch: as for `run`.
-            **extra: more keywords for the model.
         """
         shown = self._now
         try:
             self.solo(name)
-            return self.run(batch, **extra)
+            return self.run(batch)
         finally:
             self._now = shown
 
+    @contextmanager
+    def reading(self, blocks: Sequence[str]) -> Iterator[list[tuple[str, Tensor]]]:
+        """Note what blocks give while the model runs.
+
+        Not by the model's own `output_hidden_states`, which leaves hooks behind in transformers 5.
+
+        Args:
+            blocks: module paths.
+
+        Returns:
+            A list that each run extends by (block, its output in float32 or wider).
+        """
+        found: list[tuple[str, Tensor]] = []
+
+        def note(block: str) -> Callable[..., None]:
+            def after(_block: nn.Module, _args: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                found.append((block, first.to(working_dtype(first.dtype))))
+
+            return after
+
+        hooks: list[Any] = []
+        try:
+            for block in blocks:
+                inner = self._model.base_model.model.get_submodule(block)
+                hooks.append(inner.register_forward_hook(note(block)))
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def tokens(self, module: str, batch: Batch, x: Tensor) -> Tensor:
-        """Return the inputs of a module as rows, (rows, in), without those of padding."""
+        """Return a module's inputs, or a block's outputs, as rows without those of padding.
+
+        Args:
+            module: its path.
+            batch: what the model was given.
+            x: (..., width).
+
+        Returns:
+            (rows, width).
+        """
         decoder = self.is_encoder_decoder and "encoder" not in module.split(".")
         if self._encoded is not None and x.data_ptr() == self._encoded.data_ptr():
             decoder = False  # cross-attention reads what the encoder gave

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from snapshot import rng_states
 from tiny import tiny_model
 from torch import Tensor, nn
@@ -126,6 +128,29 @@ def test_tokens_are_told_from_padding_by_shape() -> None:
     assert counted_tokens(batch, (2,), decoder=False) is None  # a pooler sees one row per example
     assert counted_tokens(batch, (2, 4), decoder=True) is None
     assert counted_tokens({"input_ids": ids()}, (2, 4), decoder=False) is None
+
+
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    left=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_predictions_are_those_of_a_loop_over_tokens(
+    lengths: list[int], left: bool, seed: int
+) -> None:
+    logits = torch.randn(len(lengths), 5, 3, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(len(lengths), 5, dtype=torch.long)
+    every, last = [], []
+    for n, length in enumerate(lengths):
+        places = range(5 - length, 5) if left else range(length)
+        for t in places:
+            mask[n, t] = 1
+            every.append(logits[n, t])
+        last += every[-1:] if length else []
+    batch = {"input_ids": mask, "attention_mask": mask}
+    for where, want in (("all", every), ("last", last)):
+        got = predictions(batch, logits, where, decoder=False)
+        assert torch.equal(got, torch.stack(want) if want else logits[:0, 0])
 
 
 def test_predictions_at_all_tokens_or_the_last_one() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..batches import Batch, predictions
 from ..errors import ConfigError, suggest
-from ..factors import working_dtype
+from ..layers import OUTSIDE
 from ..mixture import Evidence, Mixture, logits_of
 from .check import number, whole
 from .learning import Descent, LossFn, Table, fitted, rate, story
@@ -41,7 +41,7 @@ def expert_merging(
     accumulate: int = 8,
     temperature: float = 1.0,
     hidden: float = 1.0,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[str] | None = None,
     shrink: float = 5.0,
     importance: Mapping[str, float] | None = None,
     chunks: Mapping[str, int] | None = None,
@@ -69,7 +69,8 @@ def expert_merging(
         accumulate: batches per step.
         temperature: T, > 0.
         hidden: weight of the hidden states' error, >= 0.
-        layers: which of the model's hidden states count, 0 is the embedding's; None is all.
+        layers: which blocks' outputs count ("model.layers.3"); None is every block in which an
+            adapter has a module.
         shrink: weight of the pull to `init`, >= 0.
         importance: adapter -> a_i; 1 by default.
         chunks: module -> number of chunks; 0 keeps its coefficients at `init`, 1 is the default.
@@ -83,7 +84,8 @@ def expert_merging(
     init = number("init", init, least=1e-6, most=1.0 - 1e-6)
     shrink = number("shrink", shrink, least=0.0)
     shares = _importance(stacks[0].names, importance)
-    loss_of = _alignment(temperature, hidden, layers)
+    blocks = _blocks(stacks, layers) if number("hidden", hidden, least=0.0) else ()
+    loss_of = _alignment(temperature, hidden, blocks)
     table, free = _cut(stacks, per, chunks)
     count = max(1, int(free.sum()))
     pull = shrink * len(table.names) / count
@@ -107,7 +109,8 @@ def expert_merging(
         for step, terms in enumerate(todo):
             adam.param_groups[0]["lr"] = lr * (1.0 + math.cos(math.pi * step / len(todo))) / 2.0
             way.step([(name, batch, shares[name] / len(terms)) for name, batch in terms])
-    return fitted(table, value(raw.detach()), story(evidence, way.losses))
+    report = {**story(evidence, way.losses), "aligned_layers": list(blocks)}
+    return fitted(table, value(raw.detach()), report)
 
 
 def _in_turn(evidence: Evidence, epochs: int, accumulate: int) -> list[list[tuple[str, Batch]]]:
@@ -149,51 +152,34 @@ def _cut(
     return table, free
 
 
-def _alignment(temperature: float, hidden: float, layers: Sequence[int] | None) -> LossFn:
+def _blocks(stacks: Sequence[Stack], layers: Sequence[str] | None) -> tuple[str, ...]:
+    known = [s.layer for s in stacks if s.layer != OUTSIDE]
+    if isinstance(layers, str):
+        raise ConfigError(f"layers must be a list of names, got {layers!r}.")
+    for layer in layers or ():
+        if layer not in known:
+            raise ConfigError(f"layers has {layer!r}.{suggest(str(layer), dict.fromkeys(known))}")
+    return tuple(dict.fromkeys(known if layers is None else layers))
+
+
+def _alignment(temperature: float, hidden: float, blocks: Sequence[str]) -> LossFn:
     """Return the distance of the merged model from one expert on a batch."""
     hot = number("temperature", temperature, least=1e-6)
-    hidden = number("hidden", hidden, least=0.0)
-    if layers is not None:
-        layers = [whole("layers", layer) for layer in layers]
-    wanted = {"output_hidden_states": True} if hidden and layers != [] else {}
 
     def loss(mixture: Mixture, task: str, batch: Batch) -> Tensor:
-        expert = mixture.alone(task, batch, **wanted)
-        merged = mixture.run(batch, grad=True, **wanted)
+        def rows(output: Any) -> Tensor:
+            logits = logits_of(output)
+            return predictions(batch, logits, "all", decoder=mixture.is_encoder_decoder) / hot
 
-        def rows(x: Tensor) -> Tensor:
-            return predictions(batch, x, "all", decoder=mixture.is_encoder_decoder)
-
-        aim = (rows(logits_of(expert)) / hot).softmax(-1)
-        logs = (rows(logits_of(merged)) / hot).log_softmax(-1)
+        with mixture.reading(blocks) as aims:
+            aim = rows(mixture.alone(task, batch)).softmax(-1)
+        with mixture.reading(blocks) as states:
+            logs = rows(mixture.run(batch, grad=True)).log_softmax(-1)
         total = -(hot * hot) * (aim * logs).sum(-1).mean()
-        if not wanted:
-            return total
-        pairs = list(zip(_states(merged), _states(expert), strict=True))
-        for layer in layers or ():
-            if layer >= len(pairs):
-                raise ConfigError(
-                    f"layers has {layer}, but the model has {len(pairs)} hidden states, 0 to "
-                    f"{len(pairs) - 1}."
-                )
-        chosen = pairs if layers is None else [pairs[layer] for layer in layers]
-        errors = [F.mse_loss(rows(_wide(h)), rows(_wide(e))) for h, e in chosen]
-        return total + hidden * torch.stack(errors).mean()
+        errors = [
+            F.mse_loss(mixture.tokens(block, batch, h), mixture.tokens(block, batch, e))
+            for (block, h), (_, e) in zip(states, aims, strict=True)
+        ]
+        return total + hidden * torch.stack(errors).mean() if errors else total
 
     return loss
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(working_dtype(x.dtype))
-
-
-def _states(output: Any) -> tuple[Tensor, ...]:
-    """Return the hidden states of a model's output; of its decoder, if it has two parts."""
-    for field in ("hidden_states", "decoder_hidden_states"):
-        found = getattr(output, field, None)
-        if found is not None:
-            return tuple(found)
-    raise ConfigError(
-        f"the model returned no hidden states ({type(output).__name__}). Pass hidden=0.0 to align "
-        f"its outputs only."
-    )

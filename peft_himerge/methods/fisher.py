@@ -21,7 +21,7 @@ from ..batches import Batch, predictions
 from ..combine import new_dense
 from ..errors import ConfigError
 from ..mixture import Evidence, Mixture, logits_of
-from .check import choice, number, whole
+from .check import choice, flag, number, whole
 from .learning import own_loss
 from .linear import weighted_sum
 from .registry import Fitted, method
@@ -81,8 +81,7 @@ def fisher(
     """
     choice("labels", labels, _LABELS)
     samples, floor = whole("samples", samples, least=1), number("floor", floor, least=0.0)
-    if not isinstance(normalize, bool):
-        raise ConfigError(f"normalize must be True or False, got {normalize!r}.")
+    normalize = flag("normalize", normalize)
     weights = importance(stacks[0], "fisher")
     if labels == "given":
         evidence.batches.need_labels("fisher with labels='given'")

@@ -2,7 +2,8 @@
 
 Each runs on the engine of `learning`: one number per adapter and module (or layer, or model), an
 exact product of the sources' factors as the result. Variants that need a delta per entry
-(AdaMerging++, aTLAS with random partitions) are not here: their result would not be low-rank.
+(AdaMerging++, aTLAS with random partitions) are not here: their result would not be low-rank. The user's weight of an adapter multiplies its
+delta first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..batches import Positions
 from ..mixture import Evidence
-from .check import choice, fraction, number, whole
+from .check import choice, flag, fraction, number, whole
 from .learning import Descent, Table, entropy_loss, fitted, label_loss, rate, slope, story
 from .linear import gram
 from .registry import Fitted, method
@@ -73,7 +74,7 @@ def adamerging(
     table = Table.of(stacks, per)
     steps, lr, init = whole("steps", steps), rate(lr), number("init", init)
     loss_of = entropy_loss(positions)
-    project = (lambda raw: raw.clamp(0.0, 1.0)) if clamp else None
+    project = (lambda raw: raw.clamp(0.0, 1.0)) if flag("clamp", clamp) else None
     raw = table.filled(init).requires_grad_(True)
     with evidence.mixture() as mixture:
         way = Descent(mixture, table, raw, torch.optim.Adam([raw], lr=lr), loss_of, project=project)
@@ -207,7 +208,7 @@ def fw_merging(
     loss_of = label_loss(evidence, "fw_merging") if labelled else entropy_loss(positions)
     tasks = evidence.batches.of.items()
     terms = [(n, b, most / len(own)) for n, own in tasks for b in own]
-    norms = _norms(table) if cosine else torch.ones_like(table.filled(0.0))
+    norms = _norms(table) if flag("cosine", cosine) else torch.ones_like(table.filled(0.0))
     c, here = table.filled(init), table.present()
     losses, picks = [], []
     with evidence.mixture() as mixture:
