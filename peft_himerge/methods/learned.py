@@ -2,8 +2,8 @@
 
 Each runs on the engine of `learning`: one number per adapter and module (or layer, or model), an
 exact product of the sources' factors as the result. Variants that need a delta per entry
-(AdaMerging++, aTLAS with random partitions) are not here: their result would not be low-rank. The user's weight of an adapter multiplies its
-delta first.
+(AdaMerging++, aTLAS with random partitions) are not here: their result would not be low-rank. The
+user's weight of an adapter multiplies its delta first.
 """
 
 from __future__ import annotations
