@@ -13,6 +13,7 @@ from dense_model import DenseModel
 from peft import PeftModel
 from snapshot import moved, snapshot
 from test_methods_inputs import Inputs, dense_of, inputs_of, same, unused
+from test_mixture import evidence_of
 from tiny import NAMES, add_adapters, default_specs, peft_model, tiny_model
 from torch import Tensor
 
@@ -20,7 +21,9 @@ from peft_himerge import add_weighted_adapter, merge_adapters
 from peft_himerge.errors import ConfigError
 from peft_himerge.layers import layer_of
 from peft_himerge.merging import AdapterMerge
-from peft_himerge.methods.registry import list_methods
+from peft_himerge.methods import learning
+from peft_himerge.methods.registry import Fitted, get_method, list_methods
+from peft_himerge.request import stacks_of
 
 PAIR = ["en", "zh"]
 TRIO = sorted(NAMES[:3])
@@ -113,6 +116,18 @@ def test_adamerging_is_adam_on_the_entropy(kind: str, per: str, clamp: bool, las
         values = [v for row in merge.fitted["coefficients"].values() for v in row.values()]
         assert min(values) >= 0.0
         assert max(values) <= 1.0
+
+
+def test_entropy_of_impossible_classes_is_that_without_them() -> None:
+    rows = torch.tensor([[0.3, -1.0, 2.0], [1.0, 0.0, -4.0]], dtype=torch.float64)
+    wide = torch.cat([rows, torch.full((2, 2), -math.inf)], dim=1).requires_grad_()
+    value = learning.entropy(wide)
+    value.backward()
+    p = rows.softmax(-1)
+    assert float(value.detach()) == pytest.approx(float(-(p * p.log()).sum(-1).mean()))
+    assert wide.grad is not None
+    assert torch.equal(wide.grad[:, 3:], torch.zeros(2, 2, dtype=torch.float64))
+    assert bool(torch.isfinite(wide.grad).all())
 
 
 def test_adamerging_lowers_the_entropy() -> None:
@@ -366,6 +381,24 @@ def test_runs_twice_and_in_any_order_give_the_same_bits(method: str) -> None:
     two = merged(model, TRIO[::-1], method, turned, adapter_name="second")
     for module, delta in one.items():
         assert torch.equal(delta, two[module])
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_the_order_of_modules_does_not_matter(method: str) -> None:
+    model = peft_model("llama", 3)
+    inputs = inputs_of("llama", TRIO, 3, 2, labels=True)
+    evidence = evidence_of(model, {n: tuple(inputs[n]) for n in TRIO})
+    adapters = list(evidence.combiner.adapters.values())
+    stacks = list(stacks_of(model, adapters, dict.fromkeys(TRIO, 1.0), 0))
+    found = []
+    for order in (stacks, stacks[::-1]):
+        fit: Fitted = get_method(method).function(order, evidence, **FAST[method])
+        found.append({m: d.dense() for m, d in fit.run(order)})
+        again = {m: d.dense() for m, d in fit.run(order)}
+        assert all(torch.equal(again[m], d) for m, d in found[-1].items())
+    assert list(found[0]) == list(found[1])[::-1]
+    for module, delta in found[0].items():
+        torch.testing.assert_close(found[1][module], delta, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", LEARNED)

@@ -15,7 +15,7 @@ from ..errors import ConfigError, suggest
 from ..layers import OUTSIDE
 from ..mixture import Evidence, Mixture, logits_of
 from .check import number, whole
-from .learning import Descent, LossFn, Table, fitted, rate, story
+from .learning import Descent, LossFn, Table, cross_entropy, fitted, rate, story
 from .registry import Fitted, method
 from .stack import Stack
 
@@ -68,7 +68,8 @@ def expert_merging(
         init: coefficient to start from and to be pulled to, in (0, 1).
         accumulate: batches per step.
         temperature: T, > 0.
-        hidden: weight of the hidden states' error, >= 0.
+        hidden: weight of the hidden states' error, >= 0. It is not relative: where hidden states
+            have huge entries (Gemma's have) it drowns the outputs' error unless it is small.
         layers: which blocks' outputs count ("model.layers.3"); None is every block in which an
             adapter has a module.
         shrink: weight of the pull to `init`, >= 0.
@@ -174,8 +175,7 @@ def _alignment(temperature: float, hidden: float, blocks: Sequence[str]) -> Loss
         with mixture.reading(blocks) as aims:
             aim = rows(mixture.alone(task, batch)).softmax(-1)
         with mixture.reading(blocks) as states:
-            logs = rows(mixture.run(batch, grad=True)).log_softmax(-1)
-        total = -(hot * hot) * (aim * logs).sum(-1).mean()
+            total = hot * hot * cross_entropy(aim, rows(mixture.run(batch, grad=True)))
         errors = [
             F.mse_loss(mixture.tokens(block, batch, h), mixture.tokens(block, batch, e))
             for (block, h), (_, e) in zip(states, aims, strict=True)

@@ -199,7 +199,7 @@ def _losses(
     logs = rows.log_softmax(-1)
     p = logs.detach().exp().cpu()
     if logits.dim() == 2:
-        yield from ((float(p[0, y]), logs[0, y]) for y in range(p.shape[1]))
+        yield from ((float(p[0, y]), logs[0, y]) for y in range(p.shape[1]) if p[0, y] != 0)
         return
     for _ in range(samples if len(p) else 0):
         drawn = torch.multinomial(p, 1, generator=generator).to(logs.device)

@@ -31,6 +31,7 @@ __all__ = [
     "LossFn",
     "Per",
     "Table",
+    "cross_entropy",
     "entropy",
     "entropy_loss",
     "fitted",
@@ -244,8 +245,14 @@ class Descent:
 
 def entropy(rows: Tensor) -> Tensor:
     """Return the mean entropy, in nats, of softmaxed rows (rows, classes)."""
+    return cross_entropy(rows.softmax(-1), rows)
+
+
+def cross_entropy(p: Tensor, rows: Tensor) -> Tensor:
+    """Return the mean of ``-sum p log softmax(rows)`` over rows; p and rows are (rows, classes)."""
     logs = rows.log_softmax(-1)
-    return -(logs.exp() * logs).sum(-1).mean()
+    # A class of logit -inf (a padded vocabulary) has p = 0, and 0 * -inf would be NaN.
+    return -(p * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(-1).mean()
 
 
 def entropy_loss(positions: Positions) -> LossFn:
