@@ -17,12 +17,14 @@ from test_mixture import evidence_of
 from tiny import NAMES, add_adapters, default_specs, peft_model, tiny_model
 from torch import Tensor
 
-from peft_himerge import add_weighted_adapter, merge_adapters
+from peft_himerge import add_weighted_adapter, combine, merge_adapters
 from peft_himerge.errors import ConfigError
+from peft_himerge.factors import LoraFactors
 from peft_himerge.layers import layer_of
 from peft_himerge.merging import AdapterMerge
-from peft_himerge.methods import learning
+from peft_himerge.methods import fisher, learning
 from peft_himerge.methods.registry import Fitted, get_method, list_methods
+from peft_himerge.methods.stack import Factored, Stack
 from peft_himerge.request import stacks_of
 
 PAIR = ["en", "zh"]
@@ -501,6 +503,24 @@ def test_whatever_the_model_raises_it_is_as_before(method: str, exc: type[BaseEx
         merge_adapters(model, PAIR, method, inputs=inputs, **FAST[method])
     assert len(calls) == 4
     assert moved(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("method", [n for n in LEARNED if n != "fisher"])
+def test_no_dense_delta_is_formed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a dense delta was formed")
+
+    model = peft_model("llama", 3)
+    inputs = inputs_of("llama", TRIO, 3, 2, labels=True)
+    for owner in (Stack, LoraFactors):
+        monkeypatch.setattr(owner, "blocks", dense)
+    for owner in (combine, fisher):
+        monkeypatch.setattr(owner, "new_dense", dense)
+    monkeypatch.setattr(Factored, "dense", dense)
+    merge = merge_adapters(model, TRIO, method, inputs=inputs, **FAST[method])
+    assert merge.export_error < 1e-6
+    with pytest.raises(AssertionError, match="dense delta"):  # the check itself works
+        merge_adapters(model, TRIO, "fisher", inputs=inputs, adapter_name="other")
 
 
 def test_weights_scale_the_deltas_first() -> None:
