@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "journal": {"errors", "scoring"},
     "blocks": {"errors", "layers"},
     "evals": {"errors", "randomness", "scoring"},
+    "batches": {"errors", "randomness"},
     "select": {"errors", "factors", "threads"},
     "adapters": {"errors", "factors"},
     "contribution": {"errors", "layers", "plan", "scoring"},
@@ -54,13 +55,14 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "threads"),
     },
     # floor 5: what stands on those
+    "mixture": {"adapters", "batches", "combine", "errors", "factors", "probe"},
     "progress": {"events"},
     "tables": {"report", "result"},
     "export": {"adapters", "combine", "errors", "files", "lowrank", "plan", "threads"},
     "checkpoint": {"combine", "errors", "factors", "files", "plan"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
-        "threads",
+        *("batches", "mixture", "threads"),
     },
     "engine": {
         *("blocks", "combine", "cost", "errors", "events", "identity", "journal", "ledger"),
@@ -93,7 +95,7 @@ ROOMS: dict[str, set[str]] = {
     "merging": {
         "files",
         *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
-        *("methods", "plan", "probe", "request", "result"),
+        *("methods", "mixture", "plan", "probe", "request", "result"),
     },
     "weighted": {
         *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
@@ -161,7 +163,7 @@ NO_TORCH = {
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("carried", "merging", "offline", "request", "result", "rounds", "sweep", "training"),
-    "weighted",
+    *("mixture", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
