@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_check import check
 from .config import HiMergeConfig
 from .cost import Cost
 from .errors import ConfigError, HiMergeError
@@ -34,6 +35,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
 )
+app.command()(check)
 
 Adapters = Annotated[
     list[str], typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")
