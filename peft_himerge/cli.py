@@ -94,7 +94,7 @@ def merge(
         )
     if not is_main():  # of several processes that made this merge together
         return
-    result.save(out)
+    result.save(out, sources=folders)
     if merged is not None:
         result.save_merged(base, merged)
     screen = Console()
@@ -247,7 +247,7 @@ def sweep(
     if out is not None:
         config = wanted.config(found.values)
         result = merge_adapters_hi(model, names, eval_fns, config=config, journal=journal)
-        result.save(out)
+        result.save(out, sources=wanted.adapters)
         screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
 
 

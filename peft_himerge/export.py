@@ -41,9 +41,10 @@ WEIGHTS = "adapter_model.safetensors"
 # Fields that PEFT has had for years. Any other is written only if it is set: PEFT before 0.14 fails
 # on a field it does not know.
 _LASTING = frozenset(
-    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode r lora_alpha "
-    "lora_dropout target_modules fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
-    "layers_to_transform layers_pattern rank_pattern alpha_pattern".split()
+    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode r "
+    "lora_alpha lora_dropout target_modules fan_in_fan_out bias use_rslora use_dora "
+    "modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern "
+    "alpha_pattern".split()
 )
 
 

@@ -22,7 +22,7 @@ def targeted(config: Mapping[str, Any], module: str) -> bool:
     """Return True if PEFT would put an adapter on the module."""
     if _listed(config.get("exclude_modules"), module):
         return False
-    targets = config.get("target_modules")
+    targets: Any = config.get("target_modules")
     if targets == "all-linear":
         return not re.search(r"(^|\.)(lm_head|embed_tokens|wte|embed_out)$", module)
     if not _listed(targets, module):
