@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "threads": {"errors"},
     "files": {"errors"},
     "names": {"errors"},
+    "portable": {"errors"},
     "randomness": {"errors"},
     "processes": {"errors"},
     "factors": {"errors", "threads"},
@@ -48,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
     "events": {"conflict", "contribution", "plan", "scoring"},
     "report": {"conflict", "contribution", "plan", "scoring"},
+    "card": {"errors", "report"},
     "lowrank": {"combine", "errors", "factors", "threads"},
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
     "probe": {
@@ -59,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "progress": {"events"},
     "tables": {"report", "result"},
     "export": {"adapters", "combine", "errors", "files", "lowrank", "plan", "threads"},
-    "checkpoint": {"combine", "errors", "factors", "files", "plan"},
+    "checkpoint": {"combine", "errors", "factors", "files"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
         *("batches", "mixture", "threads"),
@@ -71,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
     # floor 6: what the user gets back
     "preview": {"blocks", "combine", "config", "cost", "errors", "folders", "layers"},
     "result": {
-        *("checkpoint", "files"),
+        *("card", "checkpoint", "files"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
         *("scoring", "search"),
     },
@@ -88,16 +90,19 @@ ROOMS: dict[str, set[str]] = {
     },
     # the other methods: the drop-in for PEFT's own, and the registry's way into a model
     "carried": {"adapters", "errors", "factors"},
+    "overwrite": {"probe"},
     "request": {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
+    "spool": {"checkpoint", "methods"},
     "merging": {
-        "files",
+        *("card", "checkpoint", "files", "overwrite", "spool"),
         *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
         *("methods", "mixture", "plan", "probe", "request", "result"),
     },
     "weighted": {
+        "overwrite",
         *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
         *("probe", "request", "result"),
     },
@@ -116,7 +121,7 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "tracking", "training"),
     },
     "offline": {
-        "files",
+        *("card", "files"),
         *("adapters", "combine", "config", "errors", "export", "factors", "folders", "lowrank"),
         *("plan", "report", "result"),
     },
@@ -128,7 +133,9 @@ ROOMS: dict[str, set[str]] = {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
         *("request", "result", "tracking", "weighted"),
     },
+    "cli_check": {"errors", "portable"},
     "cli": {
+        "cli_check",
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
         *("preview", "processes", "sweep", "tables"),
@@ -146,6 +153,8 @@ TYPES_ONLY = {
 
 NO_TORCH = {
     "names",
+    "card",
+    "portable",
     "errors",
     "plan",
     "layers",
@@ -162,8 +171,8 @@ NO_TORCH = {
 }
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("carried", "merging", "offline", "request", "result", "rounds", "sweep", "training"),
-    *("mixture", "weighted"),
+    *("carried", "merging", "overwrite", "offline", "request", "result", "rounds", "sweep"),
+    *("mixture", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -184,13 +193,15 @@ DOORS: dict[str, set[str]] = {
         "training",
         "preview",
     },
-    "safetensors": {"adapters", "checkpoint", "demo", "evals", "export", "folders", "methods"},
+    "safetensors": {
+        *("adapters", "checkpoint", "demo", "evals", "export", "folders", "methods", "portable"),
+    },
     "accelerate": {"identity", "processes", "rounds", "training"},
-    "huggingface_hub": {"report"},
+    "huggingface_hub": {"card"},
     "pydantic": {"config"},
     "psutil": {"probe"},
     "optuna": {"sweep"},
-    "yaml": {"sweep"},
+    "yaml": {"card", "sweep"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
     "evaluate": {"evals"},
@@ -199,8 +210,8 @@ DOORS: dict[str, set[str]] = {
     "sacrebleu": {"evals"},
     "scipy": {"evals"},
     "tqdm": {"evals"},
-    "typer": {"cli"},
-    "rich": {"cli", "demo", "progress", "tables"},
+    "typer": {"cli", "cli_check"},
+    "rich": {"cli", "cli_check", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},
     "babel": {"demo"},
