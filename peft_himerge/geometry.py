@@ -26,7 +26,14 @@ from .layers import LayerGroup
 from .lowrank import low_rank_of_product
 from .threads import spread
 
-__all__ = ["LayerGeometry", "PairGeometry", "layer_geometry", "singular_values", "to_records"]
+__all__ = [
+    "LayerGeometry",
+    "PairGeometry",
+    "layer_geometry",
+    "singular_values",
+    "spectra_of",
+    "to_records",
+]
 
 _ALL_SIGNS = 1 << 24  # entries of a layer up to which every one is looked at: a fifth of a second
 _SAMPLE = 1 << 20  # entries drawn otherwise; the share is then known to 0.0005
@@ -186,16 +193,22 @@ def singular_values(factors: LoraFactors) -> list[float] | None:
     return [float(value) for value in found]
 
 
+def spectra_of(merged: Mapping[str, LoraFactors]) -> dict[str, list[float] | None]:
+    """Return the singular values of every module of the exported adapter."""
+    on_host = all(f.b.device.type == "cpu" for f in merged.values())
+    found = spread(singular_values, merged.values(), most=None if on_host else 1)
+    return dict(zip(merged, found, strict=True))
+
+
 def to_records(
-    layers: Sequence[LayerGeometry], merged: Mapping[str, LoraFactors]
+    layers: Sequence[LayerGeometry], spectra: Mapping[str, list[float] | None]
 ) -> dict[str, Any]:
     """Return plain JSON values: the key "geometry" of report.json.
 
     Args:
         layers: from `layer_geometry`.
-        merged: module -> factors of the exported adapter.
+        spectra: module -> singular values of the exported delta.
     """
-    found = spread(lambda item: (item[0], singular_values(item[1])), merged.items())
     return {
         "layers": [
             {
@@ -214,5 +227,5 @@ def to_records(
             }
             for layer in layers
         ],
-        "singular_values": dict(found),
+        "singular_values": dict(spectra),
     }

@@ -27,7 +27,7 @@ from .plan import MergePlan
 from .scoring import Score
 from .search import Trial
 
-__all__ = ["MergeResult", "ModuleError", "relative_error", "versions"]
+__all__ = ["MergeResult", "ModuleError", "relative_error", "save_page", "versions"]
 
 _LOG = logging.getLogger("peft_himerge.result")
 
@@ -155,16 +155,10 @@ class MergeResult:
         files.write_text(target / "report.json", text + "\n")
         files.write_text(target / "report.md", report.render_markdown(facts))
         if page:
-            self._save_page(target, facts)
+            save_page(target, facts)
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
         files.write_text(target / "README.md", report.render_card(facts, base))
         return export.save_adapter(self.model, self.adapter_name, target)
-
-    def _save_page(self, target: Path, facts: Mapping[str, Any]) -> None:
-        if available():
-            files.write_text(target / "report.html", render_page(parse_report(facts)))
-        else:
-            _LOG.warning("no report.html: %s, then himerge report %s", HOW_TO_GET_IT, target)
 
     def _geometry(self) -> dict[str, Any] | None:
         """Return what report.json says of the deltas; None if they are no longer those merged."""
@@ -174,7 +168,7 @@ class MergeResult:
             _LOG.warning("the report is without norms, cosines and spectra: %s", exc)
             return None
         exported = plain_factors(self.model, self.adapter_name)
-        return geometry.to_records(geometry.layer_geometry(combiner), exported)
+        return geometry.to_records(geometry.layer_geometry(combiner), geometry.spectra_of(exported))
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
         """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
@@ -241,6 +235,14 @@ def relative_error(modules: Sequence[ModuleError]) -> float:
     total = sum(m.norm**2 for m in modules)
     lost = sum((m.error * m.norm) ** 2 for m in modules)
     return (lost / total) ** 0.5 if total else 0.0
+
+
+def save_page(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write report.html for the content of report.json, or say what it takes to get it."""
+    if available():
+        files.write_text(folder / "report.html", render_page(parse_report(facts)))
+    else:
+        _LOG.warning("no report.html: %s, then himerge report FOLDER", HOW_TO_GET_IT)
 
 
 def versions() -> dict[str, str]:

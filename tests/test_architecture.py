@@ -117,8 +117,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "offline": {
         "files",
-        *("adapters", "combine", "config", "errors", "export", "factors", "folders", "lowrank"),
-        *("plan", "report", "result"),
+        *("adapters", "combine", "config", "errors", "export", "factors", "folders", "geometry"),
+        *("lowrank", "plan", "report", "result"),
     },
     "sweep": {
         *("config", "errors", "events", "hi", "probe", "result", "scoring", "tracking"),

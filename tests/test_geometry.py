@@ -16,7 +16,7 @@ from peft_himerge import geometry
 from peft_himerge.adapters import plain_factors, read_adapters
 from peft_himerge.combine import Combiner
 from peft_himerge.factors import Adapter, LoraFactors
-from peft_himerge.geometry import layer_geometry, singular_values, to_records
+from peft_himerge.geometry import layer_geometry, singular_values, spectra_of, to_records
 from peft_himerge.layers import layer_of
 
 
@@ -147,7 +147,7 @@ def test_padding_has_no_singular_value_and_a_wide_adapter_is_left_out() -> None:
 def test_records_are_plain_json() -> None:
     combiner = combiner_of("llama", 3)
     merged = combiner.adapters["zh"].factors
-    records = to_records(layer_geometry(combiner), merged)
+    records = to_records(layer_geometry(combiner), spectra_of(merged))
     assert json.loads(json.dumps(records, allow_nan=False)) == records
     assert set(records["singular_values"]) == set(merged)
     assert [row["layer"] for row in records["layers"]] == [g.label for g in combiner.layers]
