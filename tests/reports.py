@@ -11,7 +11,7 @@ import torch
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
 
-EVIL = "<script>alert(1)</script>"
+EVIL = "<script>f()</script>"
 
 
 def save_merge(folder: Path, **options: Any) -> Path:

@@ -293,6 +293,15 @@ def test_names_are_shown_and_never_run() -> None:
     assert [trace["name"] for trace in scores["data"]] == [html.escape(n, False) for n in names]
 
 
+def test_long_names_are_cut_in_labels_and_stay_apart() -> None:
+    names = ["adapter_of_the_first_kind_of_all", "adapter_of_the_other_kind_of_all"]
+    charts = charts_of(parse_report(reports.facts(*names)))
+    axis = charts["contributions"].layout["xaxis"]
+    assert axis["tickvals"] == charts["contributions"].data[0]["x"] == names
+    assert axis["ticktext"] == ["adapter_of_t…nd_of_all"] * 2
+    assert {trace["name"] for trace in charts["scores"].data} == {"adapter_of_t…nd_of_all"}
+
+
 def test_charts_say_only_what_is_there() -> None:
     facts = reports.facts()
     old = reports.without(facts, "geometry", "options")  # as earlier versions wrote it

@@ -7,7 +7,7 @@ from typing import Any
 
 from .deltas import delta_charts
 from .facts import Report, short_names
-from .shapes import ROOM, ROW, Chart, View, category, heatmap, series, text
+from .shapes import ROOM, ROW, Chart, View, category, clipped, heatmap, series, text
 
 __all__ = ["KINDS", "charts_of", "state_label"]
 
@@ -45,7 +45,8 @@ def _scores(report: Report) -> Chart | None:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": text(task),
+                "name": text(clipped(task)),
+                "orientation": "h",  # what lies in one row is set apart
                 "x": [report.scores[s][task] for s in states],
                 "y": [text(label) for label in labels],
                 "error_x": {"type": "data", "array": errors, "thickness": 1.5},
@@ -57,7 +58,7 @@ def _scores(report: Report) -> Chart | None:
         "yaxis": category(labels, down=True),
         "xaxis": {"title": {"text": "score"}},
     }
-    layout |= {"showlegend": True}
+    layout |= {"showlegend": True, "scattermode": "group"}
     return Chart("scores", "Scores with standard errors", data, layout, 34 * len(states) + ROOM)
 
 
@@ -161,7 +162,7 @@ def _search_cells(
         "xaxis": category(columns, title="scale"),
         "yaxis": category(rows, title="density (kept share)") | {"dtick": 1},
     }
-    height = 30 * len(rows) + ROOM + 20
+    height = max(240, 30 * len(rows) + ROOM + 20)
     return Chart(name_id, f"Search for {name}", data, layout, height)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .charts import state_label
 from .facts import Report, short_names
-from .shapes import ROOM, ROW, Chart, View, category, series, text
+from .shapes import ROOM, ROW, Chart, View, category, clipped, series, text
 from .tables import Cell, Table, plain, signed, table, with_error
 
 __all__ = ["comparison_charts", "comparison_tables", "run_names"]
@@ -63,7 +63,8 @@ def _scores(runs: Mapping[str, Report]) -> Chart | None:
                 {
                     "type": "scatter",
                     "mode": "markers",
-                    "name": text(name),
+                    "name": text(clipped(name)),
+                    "orientation": "h",
                     "x": [report.scores[s][task] for s in held],
                     "y": [text(_label(runs, s)) for s in held],
                     "error_x": {"type": "data", "array": errors, "thickness": 1.5},
@@ -100,7 +101,7 @@ def _gammas(runs: Mapping[str, Report]) -> Chart | None:
             {
                 "type": "bar",
                 "orientation": "h",
-                "name": text(name),
+                "name": text(clipped(name)),
                 "x": [Gamma[label] for label in held],
                 "y": [text(short[label]) for label in held],
                 "hovertemplate": "layer %{y}: %{x:+.4f}<extra>%{fullData.name}</extra>",

@@ -95,7 +95,7 @@ def _pair_chart(
         cells |= {"zmin": ends[0], "zmax": ends[1]}
         layout: dict[str, Any] = {
             "xaxis": category(names, title="layer"),
-            "yaxis": category(rows, down=True),
+            "yaxis": category(list(rows), down=True),
         }
         return Chart(name, title, [cells], layout, ROW * len(rows) + ROOM)
     middle = (ends[0] + ends[1]) / 2
@@ -131,7 +131,8 @@ def _export_errors(report: Report) -> Chart | None:
     kinds = sorted({kind for _, kind in error})
     names = [short[label] for label in layers]
     cells = [[error.get((label, kind)) for kind in kinds] for label in layers]
-    data = [heatmap(names, kinds, cells, "amount", name="error") | {"zmin": 0.0}]
+    most = max(error.values())
+    data = [heatmap(names, kinds, cells, "amount", name="error") | {"zmin": 0.0, "zmax": most}]
     layout: dict[str, Any] = {
         "yaxis": category(names, down=True, title="layer"),
         "xaxis": category(kinds),
@@ -150,6 +151,7 @@ def _spectra(report: Report) -> Chart | None:
     short = short_names(layers)
     data: list[dict[str, Any]] = []
     views = []
+    most = max(len(values) for values in known.values())
     for index, label in enumerate(layers):
         rows = {_inside(m): values for m, values in known.items() if layer_of(m) == label}
         first = len(data)
@@ -159,7 +161,7 @@ def _spectra(report: Report) -> Chart | None:
         data += [trace | {"visible": index == 0} for trace in some]
         views.append(View(f"layer {short[label]}", tuple(range(first, len(data)))))
     layout: dict[str, Any] = {
-        "xaxis": {"title": {"text": "number, largest first"}, "tickformat": "d"},
+        "xaxis": {"title": {"text": "number, largest first"}} | ({"dtick": 1} if most < 17 else {}),
         "yaxis": {"title": {"text": "singular value"}, "type": "log"}
         | {"dtick": "D2", "tickformat": ".1g"},
         "showlegend": True,

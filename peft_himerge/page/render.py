@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,8 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("jinja2", "plotly"))
 
 
+@functools.cache  # compiling templates takes longer than filling them
 def _environment() -> Environment:
-    if not available():
-        raise MissingExtraError(f"{HOW_TO_GET_IT}.")
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
@@ -41,14 +41,19 @@ def _environment() -> Environment:
 
 
 def _render(template: str, charts: Mapping[str, Any], **values: Any) -> str:
-    environment = _environment()
+    if not available():
+        raise MissingExtraError(f"{HOW_TO_GET_IT}.")
     from plotly.offline import get_plotlyjs
 
-    return environment.get_template(template).render(
-        charts=charts,
-        specs=[chart.to_dict() for chart in charts.values()],
-        plotly=get_plotlyjs(),
-        **values,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            charts=charts,
+            specs=[chart.to_dict() for chart in charts.values()],
+            plotly=get_plotlyjs(),
+            **values,
+        )
     )
 
 

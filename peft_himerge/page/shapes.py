@@ -8,17 +8,29 @@ for light and dark: "hurts" (positive is red), "helps" (positive is blue), "amou
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ROOM", "ROW", "Chart", "View", "category", "heatmap", "lines", "series", "text"]
+__all__ = [
+    "ROOM",
+    "ROW",
+    "Chart",
+    "View",
+    "category",
+    "clipped",
+    "heatmap",
+    "lines",
+    "series",
+    "text",
+]
 
 ROW = 24  # pixels of one row of a heatmap or bar chart
 ROOM = 90  # pixels for axes and legend
 # Okabe-Ito: told apart with every kind of colour vision; symbols and dashes do without any.
 _SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 _SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
+_LONGEST = 22  # characters of a label in a chart
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 
 
@@ -67,7 +79,12 @@ def text(name: str) -> str:
     return html.escape(name, quote=False)
 
 
-def category(names: Iterable[str], *, down: bool = False, title: str = "") -> dict[str, Any]:
+def clipped(name: str) -> str:
+    """Return a name short enough for a label, its middle left out; tables hold the whole one."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 10]}…{name[-9:]}"
+
+
+def category(names: Sequence[str], *, down: bool = False, title: str = "") -> dict[str, Any]:
     """Return an axis of names in this order; `down` puts the first one at the top."""
     order = [text(name) for name in names]
     axis = {
@@ -77,6 +94,9 @@ def category(names: Iterable[str], *, down: bool = False, title: str = "") -> di
         "range": [len(order) - 0.5, -0.5] if down else [-0.5, len(order) - 0.5],
         "title": {"text": title},
     }
+    if any(len(name) > _LONGEST for name in names):
+        shown = [text(clipped(name)) for name in names]
+        return axis | {"tickmode": "array", "tickvals": order, "ticktext": shown}
     return axis | ({"dtick": 1} if down or len(order) <= 24 else {})
 
 
@@ -126,7 +146,7 @@ def lines(
         {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": text(name),
+            "name": text(clipped(name)),
             "x": [text(label) for label in x],
             "y": list(values),
             "line": {"dash": _DASHES[index % len(_DASHES)], "width": 2},
