@@ -4,7 +4,7 @@
 
 so norms and cosines are exact from products of factors and nothing dense is formed. Signs are
 counted entry by entry: over all of them in a layer of up to 16 million entries, block by block,
-and over a fixed random million of them in a larger one, with the standard error of that share.
+and over 262144 drawn ones in a larger layer, with the standard error of that share.
 Singular values are those of the small core (`lowrank`).
 """
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _ALL_SIGNS = 1 << 24  # entries of a layer up to which every one is looked at: a fifth of a second
-_SAMPLE = 1 << 20  # entries drawn otherwise; the share is then known to 0.0005
+_SAMPLE = 1 << 18  # entries drawn otherwise; the share is then known to 0.001
 _CHUNK = 1 << 16
 _WIDEST = 256  # a rank above it would take longer than it tells: QR and SVD grow with its square
 
