@@ -1,4 +1,4 @@
-"""The only room that touches the live model: put a plan's state into it, score, put all back.
+"""The only room that touches live weights: put a plan's state in place, score, put all back.
 
 Two strategies, never arithmetic undo (adding and subtracting a delta changes a fifth of a weight's
 elements):
@@ -35,6 +35,7 @@ from .errors import AdapterError, EvalError, HiMergeError
 from .factors import as_matrix
 from .plan import MergePlan
 from .scoring import Score, Task, read_score
+from .threads import one_core, spread
 
 __all__ = ["Probe", "Strategy", "preserved"]
 
@@ -240,13 +241,21 @@ class Probe:
     def show(self, plan: MergePlan) -> None:
         """Put the state of `plan` into the model; only modules that differ are touched."""
         self._adapter = None
-        for module in self.combiner.modules:
-            terms = self.combiner.terms(plan, module)
-            if terms != self._shown[module]:
-                self._clear(module)
-                if terms:
-                    self._apply(module, terms)
-                self._shown[module] = terms
+        wanted = {m: self.combiner.terms(plan, m) for m in self.combiner.modules}
+        changed = [m for m, terms in wanted.items() if terms != self._shown[m]]
+        for module in changed:
+            self._clear(module)
+        todo = [m for m in changed if wanted[m]]
+        if self.strategy == "fold":
+            made = spread(lambda m: self._folded(m, self._weight(m), wanted[m]), todo)
+            for module, weight in zip(todo, made, strict=True):
+                self._swapped[module] = self._weight(module)
+                self._bases[module]._parameters["weight"] = weight
+                self._shown[module] = wanted[module]
+            return
+        for module in todo:
+            self._hooks[module] = self._hook(module, wanted[module])
+            self._shown[module] = wanted[module]
 
     def show_adapter(self, name: str) -> None:
         """Put the base weights back and switch one adapter on, through PEFT's own forward."""
@@ -265,18 +274,16 @@ class Probe:
             self._bases[module]._parameters["weight"] = original
         self._shown[module] = ()
 
-    def _apply(self, module: str, terms: _Terms) -> None:
+    def _hook(self, module: str, terms: _Terms) -> list[Any]:
         base = self._bases[module]
-        if self.strategy == "fold":
-            original = base._parameters["weight"]
-            assert original is not None
-            folded = self._folded(module, original, terms)
-            self._swapped[module] = original
-            base._parameters["weight"] = folded
-        elif plain_weight(base):
-            self._hooks[module] = self._swap_hooks(module, terms)
-        else:
-            self._hooks[module] = [base.register_forward_hook(self._add_hook(module, terms))]
+        if plain_weight(base):
+            return self._swap_hooks(module, terms)
+        return [base.register_forward_hook(self._add_hook(module, terms))]
+
+    def _weight(self, module: str) -> nn.Parameter:
+        weight: nn.Parameter | None = self._bases[module]._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def _folded(self, module: str, weight: Tensor, terms: _Terms) -> nn.Parameter:
         """Return W0 + delta in W0's dtype, made block by block without a dense delta."""
@@ -289,9 +296,9 @@ class Probe:
         kept: list[nn.Parameter] = []
 
         def before(_module: nn.Module, _args: Any) -> None:
-            original = base._parameters["weight"]
-            assert original is not None
-            folded = self._folded(module, original, terms)
+            original = self._weight(module)
+            with one_core():
+                folded = self._folded(module, original, terms)
             kept.append(original)
             self._swapped[module] = original
             base._parameters["weight"] = folded

@@ -33,7 +33,8 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors", "plan"},
     "journal": {"errors", "scoring"},
     "blocks": {"errors", "layers"},
-    "evals": {"errors", "scoring"},
+    "evals": {"errors", "randomness", "scoring"},
+    "batches": {"errors", "randomness"},
     "select": {"errors", "factors", "threads"},
     "adapters": {"errors", "factors"},
     "contribution": {"errors", "layers", "plan", "scoring"},
@@ -55,6 +56,7 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "threads"),
     },
     # floor 5: what stands on those
+    "mixture": {"adapters", "batches", "combine", "errors", "factors", "probe"},
     "progress": {"events"},
     "tables": {"report", "result"},
     "geometry": {"combine", "factors", "layers", "lowrank", "threads"},
@@ -62,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"combine", "errors", "factors", "files", "plan"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
-        "threads",
+        *("batches", "mixture", "threads"),
     },
     "engine": {
         *("blocks", "combine", "cost", "errors", "events", "identity", "journal", "ledger"),
@@ -95,7 +97,7 @@ ROOMS: dict[str, set[str]] = {
     "merging": {
         "files",
         *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
-        *("methods", "plan", "probe", "request", "result"),
+        *("methods", "mixture", "plan", "probe", "request", "result"),
     },
     "weighted": {
         *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
@@ -165,7 +167,7 @@ NO_TORCH = {
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("carried", "merging", "offline", "request", "result", "rounds", "sweep", "training"),
-    "weighted",
+    *("mixture", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -180,13 +182,13 @@ DOORS: dict[str, set[str]] = {
         "select",
         "tracking",
     },
-    "peft": MODELS | {"cli", "demo"},
+    "peft": MODELS | {"cli", "demo", "evals"},
     "transformers": {
         *("blocks", "callback", "demo", "evals", "folders", "identity", "offline", "result"),
         "training",
         "preview",
     },
-    "safetensors": {"adapters", "checkpoint", "demo", "export", "folders", "methods"},
+    "safetensors": {"adapters", "checkpoint", "demo", "evals", "export", "folders", "methods"},
     "accelerate": {"identity", "processes", "rounds", "training"},
     "huggingface_hub": {"report"},
     "pydantic": {"config", "page"},
@@ -196,6 +198,13 @@ DOORS: dict[str, set[str]] = {
     "optuna": {"sweep"},
     "yaml": {"sweep"},
     "pandas": {"contribution"},
+    "datasets": {"evals"},
+    "evaluate": {"evals"},
+    "lm_eval": {"evals"},
+    "rouge_score": {"evals"},
+    "sacrebleu": {"evals"},
+    "scipy": {"evals"},
+    "tqdm": {"evals"},
     "typer": {"cli", "cli_report"},
     "rich": {"cli", "cli_report", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
@@ -359,7 +368,17 @@ def test_modules_and_functions_stay_small() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["wandb", "typer", "rich", "pandas", "matplotlib", "plotly", "optuna", "transformers.trainer"],
+    [
+        "wandb",
+        "typer",
+        "rich",
+        "pandas",
+        "matplotlib",
+        "plotly",
+        "optuna",
+        "transformers.trainer",
+        "datasets",
+    ],
 )
 def test_import_of_the_package_does_not_load(module: str, loaded: dict[str, list[str]]) -> None:
     # What torch, transformers and peft load by themselves is not ours to judge.
