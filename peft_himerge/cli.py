@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_check import check
+from .cli_report import report
 from .config import HiMergeConfig
 from .cost import Cost
 from .errors import ConfigError, HiMergeError
@@ -36,6 +37,8 @@ app = typer.Typer(
     help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
 )
 app.command()(check)
+
+app.command()(report)
 
 Adapters = Annotated[
     list[str], typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")

@@ -23,12 +23,13 @@ from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
 from peft_himerge.errors import AdapterError, ConfigError, PlanError
 from peft_himerge.folders import read_folder
+from peft_himerge.geometry import layer_geometry, to_records
 from peft_himerge.offline import merge_folders
 
 NAMES = ["zh", "en", "math"]
 FILES = {
-    "adapter_config.json", "adapter_model.safetensors", "plan.json", "report.json", "report.md",
-    "README.md",
+    "adapter_config.json", "adapter_model.safetensors", "plan.json", "report.html", "report.json",
+    "report.md", "README.md",
 }  # fmt: skip
 
 
@@ -67,6 +68,10 @@ def test_folders_give_what_the_live_model_gives(kind: str, density: float, tmp_p
     assert {m.module: m.rank for m in done.modules} == {m.module: m.rank for m in live.modules}
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert MergePlan.from_json(tmp_path / "out" / "plan.json") == plan
+    facts = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    want_geometry = to_records(layer_geometry(combiner), {})["layers"]
+    assert facts["geometry"]["layers"] == want_geometry
+    assert set(facts["geometry"]["singular_values"]) == set(combiner.modules)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
