@@ -13,11 +13,11 @@ elements):
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import psutil
@@ -31,15 +31,28 @@ from torch import Tensor, nn
 from .adapters import lora_layers, plain_weight
 from .blocks import BlockMemo, find_blocks
 from .combine import Combiner, Term, add_to_weight
-from .errors import AdapterError, EvalError, HiMergeError
+from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
 from .plan import MergePlan
 from .scoring import Score, Task, read_score
 
-__all__ = ["Probe", "Strategy", "preserved"]
+__all__ = ["Delta", "Probe", "Strategy", "preserved"]
 
 Strategy = Literal["auto", "fold", "lazy"]
 _Terms = tuple[Term, ...]
+
+
+class Delta(Protocol):
+    """One module's delta from elsewhere than a plan; each object is a state of its own."""
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, the delta's rows), all rows once."""
+
+    def dense(self) -> Tensor:
+        """Return the (out, in) delta."""
+
+
+_What = _Terms | Delta
 
 
 def _rng_state() -> tuple[Any, ...]:
@@ -142,7 +155,7 @@ class Probe:
         self._bases = {m: layers[m].get_base_layer() for m in combiner.modules}
         self._check_shapes()
         self.strategy = self._choose(strategy)
-        self._shown: dict[str, _Terms] = dict.fromkeys(combiner.modules, ())
+        self._shown: dict[str, object] = dict.fromkeys(combiner.modules, ())
         self._swapped: dict[str, nn.Parameter] = {}
         self._hooks: dict[str, list[Any]] = {}
         self._adapter: str | None = None
@@ -248,14 +261,30 @@ class Probe:
                     self._apply(module, terms)
                 self._shown[module] = terms
 
+    def show_deltas(self, deltas: Iterable[tuple[str, Delta]]) -> None:
+        """Put the given deltas into the model, each as it comes; the base's weights elsewhere.
+
+        With the strategy "fold" no delta is held on to for its size: only the folded weight is.
+
+        Raises:
+            ConfigError: a module comes twice, or is not among the combiner's.
+        """
+        self._adapter = None
+        rest = set(self.combiner.modules)
+        for module, delta in deltas:
+            if module not in rest:
+                raise ConfigError(f"module {module!r} came twice, or no adapter changes it.")
+            rest.remove(module)
+            self._clear(module)
+            self._apply(module, delta)
+            self._shown[module] = object()  # equal to no other state; the delta may be large
+        for module in rest:
+            self._clear(module)
+
     def show_adapter(self, name: str) -> None:
         """Put the base weights back and switch one adapter on, through PEFT's own forward."""
         self.show(MergePlan.base())
         self._adapter = name
-
-    def shown(self, module: str) -> _Terms:
-        """Return the terms in place at `module`."""
-        return self._shown[module]
 
     def _clear(self, module: str) -> None:
         for hook in self._hooks.pop(module, ()):
@@ -265,33 +294,36 @@ class Probe:
             self._bases[module]._parameters["weight"] = original
         self._shown[module] = ()
 
-    def _apply(self, module: str, terms: _Terms) -> None:
+    def _apply(self, module: str, what: _What) -> None:
         base = self._bases[module]
         if self.strategy == "fold":
             original = base._parameters["weight"]
             assert original is not None
-            folded = self._folded(module, original, terms)
+            folded = self._folded(module, original, what)
             self._swapped[module] = original
             base._parameters["weight"] = folded
         elif plain_weight(base):
-            self._hooks[module] = self._swap_hooks(module, terms)
+            self._hooks[module] = self._swap_hooks(module, what)
         else:
-            self._hooks[module] = [base.register_forward_hook(self._add_hook(module, terms))]
+            self._hooks[module] = [base.register_forward_hook(self._add_hook(module, what))]
 
-    def _folded(self, module: str, weight: Tensor, terms: _Terms) -> nn.Parameter:
+    def _folded(self, module: str, weight: Tensor, what: _What) -> nn.Parameter:
         """Return W0 + delta in W0's dtype, made block by block without a dense delta."""
-        blocks = self.combiner.blocks(module, terms)
+        if isinstance(what, tuple):
+            blocks = self.combiner.blocks(module, what)
+        else:
+            blocks = what.blocks()
         new = add_to_weight(weight.detach(), self.combiner.kind(module), blocks)
         return nn.Parameter(new, requires_grad=False)
 
-    def _swap_hooks(self, module: str, terms: _Terms) -> list[Any]:
+    def _swap_hooks(self, module: str, what: _What) -> list[Any]:
         base = self._bases[module]
         kept: list[nn.Parameter] = []
 
         def before(_module: nn.Module, _args: Any) -> None:
             original = base._parameters["weight"]
             assert original is not None
-            folded = self._folded(module, original, terms)
+            folded = self._folded(module, original, what)
             kept.append(original)
             self._swapped[module] = original
             base._parameters["weight"] = folded
@@ -306,7 +338,7 @@ class Probe:
             base.register_forward_hook(after, always_call=True),
         ]
 
-    def _add_hook(self, module: str, terms: _Terms) -> Callable[..., Any]:
+    def _add_hook(self, module: str, what: _What) -> Callable[..., Any]:
         base = self._bases[module]
         if self.combiner.kind(module) != "linear":
             raise AdapterError(
@@ -315,7 +347,11 @@ class Probe:
             )
 
         def add(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            delta = self.combiner.delta(module, terms).to(args[0].device)
+            if isinstance(what, tuple):
+                delta = self.combiner.delta(module, what)
+            else:
+                delta = what.dense()
+            delta = delta.to(args[0].device)
             return output + F.linear(args[0].to(delta.dtype), delta).to(output.dtype)
 
         return add

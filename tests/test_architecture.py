@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "names": {"errors"},
     "randomness": {"errors"},
     "processes": {"errors"},
+    "sampler": {"errors"},
     "factors": {"errors", "threads"},
     # floor 2: options, and what is computed from the nouns
     "config": {"errors", "plan"},
@@ -38,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "adapters": {"errors", "factors"},
     "contribution": {"errors", "layers", "plan", "scoring"},
     # floor 3: decisions, deltas, what a score rests on
-    "search": {"config", "errors", "plan"},
+    "search": {"config", "errors", "plan", "sampler"},
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
     "folders": {"adapters", "errors", "factors"},
@@ -60,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"combine", "errors", "factors", "files", "plan"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
-        "threads",
+        *("sampler", "scoring", "threads"),
     },
     "engine": {
         *("blocks", "combine", "cost", "errors", "events", "identity", "journal", "ledger"),
@@ -90,10 +91,11 @@ ROOMS: dict[str, set[str]] = {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
+    "trials": {"errors", "methods", "probe", "scoring"},
     "merging": {
         "files",
         *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
-        *("methods", "plan", "probe", "request", "result"),
+        *("methods", "plan", "probe", "request", "result", "scoring", "trials"),
     },
     "weighted": {
         *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
@@ -119,7 +121,8 @@ ROOMS: dict[str, set[str]] = {
         *("plan", "report", "result"),
     },
     "sweep": {
-        *("config", "errors", "events", "hi", "probe", "result", "scoring", "tracking"),
+        *("config", "errors", "events", "hi", "probe", "result", "sampler", "scoring"),
+        "tracking",
     },
     # floor 9: front doors
     "__init__": {
@@ -151,6 +154,7 @@ NO_TORCH = {
     "scoring",
     "contribution",
     "conflict",
+    "sampler",
     "search",
     "events",
     "report",
@@ -187,7 +191,7 @@ DOORS: dict[str, set[str]] = {
     "huggingface_hub": {"report"},
     "pydantic": {"config"},
     "psutil": {"probe"},
-    "optuna": {"sweep"},
+    "optuna": {"sampler"},
     "yaml": {"sweep"},
     "pandas": {"contribution"},
     "typer": {"cli"},

@@ -42,6 +42,10 @@ class Factored:
         """Return the (out, in) product."""
         return self.b @ self.a
 
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, those rows of the product), block by block."""
+        yield from LoraFactors(a=self.a, b=self.b, scaling=1.0).blocks()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
@@ -56,6 +60,10 @@ class Dense:
     def dense(self) -> Tensor:
         """Return the delta."""
         return self.delta
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (all rows, the delta)."""
+        yield slice(0, self.delta.shape[0]), self.delta
 
 
 Delta = Factored | Dense
