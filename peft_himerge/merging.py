@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import peft
 import torch
 from peft import PeftModel
-from torch import Tensor
 
-from . import export, files
+from . import export
+from .byhi import HI, merge_by_hi
 from .carried import fill
 from .combine import Combiner
-from .errors import AdapterError, ConfigError, suggest
-from .factors import Adapter
+from .errors import AdapterError, ConfigError
 from .layers import layer_of
 from .lowrank import LowRank, Rank, low_rank_of_dense, low_rank_of_product
+from .merged import AdapterMerge
 from .methods.depth import Lines
 from .methods.registry import MethodInfo, describe, get_method
 from .methods.stack import Delta, Factored, Stack
@@ -38,115 +35,10 @@ from .request import (
     prepare,
 )
 from .result import ModuleError
+from .scoring import EvalFn
+from .trials import Trials, tasks_of
 
-__all__ = ["AdapterMerge", "merge_adapters", "run", "take_out"]
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterMerge:
-    """A finished merge by a method of the registry.
-
-    Attributes:
-        adapter_name: name of the merged adapter in `model`; frozen, and not active.
-        model: the model it was added to.
-        method: what was done.
-        weights: adapter -> weight, in the user's order.
-        options: the method's options, defaults included.
-        space: where it was done.
-        seed: what random masks were drawn from.
-        modules: per module, the rank and the error of the adapter against the exact result.
-        rank: the adapter's rank.
-        notes: what had to be done differently (an SVD that did not converge); usually empty.
-        fitted: what the method learned from data (`Fitted.report`); {} if it needed none.
-        seconds: wall time.
-    """
-
-    adapter_name: str
-    model: PeftModel
-    method: MethodInfo
-    weights: Mapping[str, float]
-    options: Mapping[str, Any]
-    space: str
-    seed: int
-    modules: tuple[ModuleError, ...]
-    rank: int
-    notes: tuple[str, ...]
-    fitted: Mapping[str, Any]
-    seconds: float
-    _deltas: Callable[[], Iterator[tuple[str, Delta]]] = field(repr=False)
-    _sources: Mapping[str, tuple[Adapter, int]] = field(repr=False)
-
-    @property
-    def export_error(self) -> float:
-        """Relative Frobenius error of the adapter over all modules together."""
-        whole = sum(m.norm**2 for m in self.modules)
-        lost = sum((m.error * m.norm) ** 2 for m in self.modules)
-        return float((lost / whole) ** 0.5) if whole else 0.0
-
-    def delta(self, module: str) -> Tensor:
-        """Return the exact merged delta of one module, (out, in), which the adapter approximates.
-
-        The method runs again for it: free for sums, as long as the merge for the others.
-
-        Raises:
-            AdapterError: no adapter changes that module, or a source's weights have changed since.
-        """
-        for name, (adapter, version) in self._sources.items():
-            if adapter.version() != version:
-                raise AdapterError(
-                    f"the weights of adapter {name!r} changed since the merge. Merge again, or "
-                    f"keep a copy of the adapter."
-                )
-        for found, delta in self._deltas():
-            if found == module:
-                return delta.dense()
-        raise AdapterError(
-            f"no module {module!r}.{suggest(module, [m.module for m in self.modules])}"
-        )
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the merged adapter in PEFT's layout and report.json; return the folder.
-
-        Load it with ``PeftModel.from_pretrained(base, folder)``.
-        """
-        target = Path(folder)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, default=str)
-        files.write_text(target / "report.json", text + "\n")
-        return export.save_adapter(self.model, self.adapter_name, target)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the merge as plain JSON values; the content of report.json."""
-        return {
-            "format": "peft_himerge.adapter_merge/1",
-            "adapter_name": self.adapter_name,
-            "method": {
-                "name": self.method.name,
-                "title": self.method.title,
-                "url": self.method.url,
-                "variant": self.method.variant,
-            },
-            "weights": dict(self.weights),
-            "options": dict(self.options),
-            "space": self.space,
-            "seed": self.seed,
-            "sources": {name: adapter.digest() for name, (adapter, _) in self._sources.items()},
-            "export": {
-                "rank": self.rank,
-                "relative_error": self.export_error,
-                "modules": [
-                    {"module": m.module, "rank": m.rank, "relative_error": m.error}
-                    for m in self.modules
-                ],
-            },
-            "notes": list(self.notes),
-            "fitted": dict(self.fitted),
-            "seconds": self.seconds,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "peft": peft.__version__,
-            },
-        }
+__all__ = ["AdapterMerge", "merge_adapters", "run", "scored", "take_out"]
 
 
 def merge_adapters(
@@ -164,7 +56,8 @@ def merge_adapters(
     strict_base: bool = True,
     overwrite: bool = False,
     seed: int = 0,
-    eval_fns: Mapping[str, Callable[[Any], Any]] | None = None,
+    eval_fns: Mapping[str, EvalFn] | None = None,
+    metric: str | Mapping[str, str] | None = None,
     inputs: Mapping[str, Iterable[Any]] | None = None,
     **options: Any,
 ) -> AdapterMerge:
@@ -193,18 +86,22 @@ def merge_adapters(
         strict_base: refuse adapters that name different base models.
         overwrite: replace an adapter of that name.
         seed: random masks depend on it and on the names of module and adapter, nothing else.
-        eval_fns: adapter -> what scores the model on its task, higher is better; for methods whose
-            `needs` is "scores".
+        eval_fns: adapter -> what scores the model on its task, higher is better (a number, or
+            better one per example); for methods whose `needs` is "scores". Further names are guard
+            tasks: scored at the end and reported.
+        metric: which entry of a dict of metrics is the score: one name, or one per task.
         inputs: adapter -> batches of its task (dicts of tensors, as the model takes them); for
             methods whose `needs` is "inputs" or "gradients".
         **options: the method's own.
 
     Returns:
-        An `AdapterMerge`: method, options, rank, error per module; ``save(folder)``.
+        An `AdapterMerge`: method, options, rank, error per module; ``save(folder)``. For "hi", its
+        `hi` is the `MergeResult`; journal and listeners are with `merge_adapters_hi`.
 
     Raises:
         ConfigError: an argument is not allowed; nothing was touched.
         AdapterError: an adapter cannot be merged exactly; nothing was touched.
+        EvalError: an eval function returned no score; the model was put back.
     """
     start = time.perf_counter()
     names = check_names(model, adapters, adapter_name, overwrite=overwrite)
@@ -216,6 +113,16 @@ def merge_adapters(
     else:
         raise ConfigError(f"method must be a name or a function, got {method!r}.")
     check_evidence(info, eval_fns=eval_fns, inputs=inputs)
+    if info is HI:
+        unread: dict[str, Any] = {"space": (space, "full"), "pad_rank": (pad_rank, 1)}
+        unread |= {"modules_to_save": (modules_to_save, "error"), "seed": (seed, 0)}
+        unread |= {"post": (post, None)}
+        unread |= {"strict_base": (strict_base, True), "overwrite": (overwrite, False)}
+        options |= {"rank": rank, "metric": metric}
+        return merge_by_hi(
+            model, names, adapter_name, eval_fns or {}, options, weights=of, unread=unread
+        )
+    evidence = scored(info, names, eval_fns, metric)
     request = prepare(
         model,
         info,
@@ -229,7 +136,7 @@ def merge_adapters(
         least_rank=check_pad(pad_rank),
         seed=seed,
     )
-    return run(model, adapter_name, request, start)
+    return run(model, adapter_name, request, start, evidence)
 
 
 def run(
@@ -278,6 +185,26 @@ def run(
         _deltas=_exact(request),
         _sources={a.name: (a, a.version()) for a in request.adapters},
     )
+
+
+def scored(
+    info: MethodInfo,
+    names: Sequence[str],
+    eval_fns: Mapping[str, EvalFn] | None,
+    metric: str | Mapping[str, str] | None,
+) -> Callable[[Probe], Trials] | None:
+    """Return what makes the evidence of a method that needs scores; None for others.
+
+    Raises:
+        ConfigError: the eval functions do not fit the adapters, or `metric` would not be read.
+    """
+    if info.needs == "scores":
+        return partial(Trials, tasks=tasks_of(names, eval_fns or {}, metric))
+    if metric is not None:
+        raise ConfigError(
+            f"method {info.name!r} needs {info.needs}, so metric would not be read. Leave it out."
+        )
+    return None
 
 
 def take_out(model: PeftModel, name: str) -> None:

@@ -92,14 +92,18 @@ ROOMS: dict[str, set[str]] = {
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
     "trials": {"errors", "methods", "probe", "scoring"},
+    "merged": {"errors", "export", "factors", "files", "methods", "result"},
+    "byhi": {
+        *("adapters", "config", "errors", "hi", "merged", "methods", "result", "scoring"),
+    },
     "merging": {
-        "files",
-        *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
+        *("adapters", "byhi", "carried", "combine", "errors", "export", "factors", "layers"),
+        *("lowrank", "merged"),
         *("methods", "plan", "probe", "request", "result", "scoring", "trials"),
     },
     "weighted": {
-        *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
-        *("probe", "request", "result"),
+        *("adapters", "byhi", "carried", "config", "errors", "hi", "lowrank", "merged"),
+        *("merging", "methods", "probe", "request", "result", "scoring"),
     },
     # floor 8: merges inside a training run, and who listens to them
     "guests": {"adapters", "errors", "folders"},
@@ -164,7 +168,18 @@ NO_TORCH = {
 }
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("carried", "merging", "offline", "request", "result", "rounds", "sweep", "training"),
+    *(
+        "byhi",
+        "carried",
+        "merged",
+        "merging",
+        "offline",
+        "request",
+        "result",
+        "rounds",
+        "sweep",
+        "training",
+    ),
     "weighted",
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.

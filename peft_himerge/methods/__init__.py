@@ -2,16 +2,20 @@
 
 Sums of whole deltas: `linear`, `angles` (means on the sphere), `depth` (per layer). Entry by entry:
 `sparse` (prune and vote), `compete` (entries judged by all adapters). In joint coordinates:
-`subspace`, `wudi`, `widen`. `spaces` lends small coordinates to the methods that work entry by
-entry, `bank` keeps several adapters in less room. A method reads `stack`s and nothing else.
+`subspace`, `wudi`, `widen`. By scores: `soup`, `pareto`, `tuned`. `spaces` lends small coordinates
+to the methods that work entry by entry, `bank` keeps several adapters in less room. A method reads
+`stack`s, and what it is fitted to.
 """
 
 from . import angles as angles
 from . import compete as compete
 from . import depth as depth
 from . import linear as linear
+from . import pareto as pareto
+from . import soup as soup
 from . import sparse as sparse
 from . import subspace as subspace
+from . import tuned as tuned
 from . import widen as widen
 from . import wudi as wudi
 from .registry import MethodInfo as MethodInfo

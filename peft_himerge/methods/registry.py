@@ -27,6 +27,7 @@ __all__ = [
     "get_method",
     "list_methods",
     "method",
+    "register",
 ]
 
 Needs = Literal["nothing", "scores", "inputs", "gradients"]
@@ -208,26 +209,38 @@ def method(
         ConfigError: the name is taken, or the function has positional options.
     """
 
-    def register(function: _F) -> _F:
-        if name in _METHODS:
-            taken = _METHODS[name].function
-            raise ConfigError(
-                f"the method name {name!r} is taken by {taken.__module__}.{taken.__qualname__}."
+    def decorate(function: _F) -> _F:
+        register(
+            describe(
+                function,
+                name,
+                title=title,
+                url=url,
+                variant=variant,
+                needs=needs,
+                low_rank=low_rank,
+                elementwise=elementwise,
+                reads_base=reads_base,
             )
-        _METHODS[name] = describe(
-            function,
-            name,
-            title=title,
-            url=url,
-            variant=variant,
-            needs=needs,
-            low_rank=low_rank,
-            elementwise=elementwise,
-            reads_base=reads_base,
         )
         return function
 
-    return register
+    return decorate
+
+
+def register(info: MethodInfo) -> MethodInfo:
+    """Take a record into the registry and return it; for methods that have a door of their own.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if info.name in _METHODS:
+        taken = _METHODS[info.name].function
+        raise ConfigError(
+            f"the method name {info.name!r} is taken by {taken.__module__}.{taken.__qualname__}."
+        )
+    _METHODS[info.name] = info
+    return info
 
 
 def get_method(name: str) -> MethodInfo:
