@@ -78,7 +78,7 @@ def fit(points: Tensor, scores: Tensor, link: str) -> Quadratic:
     if link == "identity":
         return Quadratic(theta, link)
     with torch.enable_grad():
-        best = theta.clone().requires_grad_()
+        best = theta.clone(memory_format=torch.contiguous_format).requires_grad_()
         search = torch.optim.LBFGS(
             [best], max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
         )
