@@ -37,7 +37,7 @@ from peft_himerge.trials import Trials, tasks_of
 PAIR = ["zh", "en"]
 SMALL: dict[str, dict[str, Any]] = {
     "greedy_soup": {},
-    "map": {"points": 4},
+    "map": {"points": 2, "samples": 10},
     "coefficient_search": {"values": (0.5, 1.0), "budget": 12},
 }
 
@@ -260,6 +260,25 @@ def test_the_same_for_any_order_of_adapters_and_functions(method: str) -> None:
     assert found[0][0] == found[1][0]
     for module, delta in found[0][1].items():
         assert torch.equal(delta, found[1][1][module])
+
+
+def test_eight_adapters_of_mixed_ranks() -> None:
+    specs = tiny.default_specs("llama", 5)
+    for i, name in enumerate(("x", "y", "w")):
+        specs[name] = {"r": 1 + i, "alpha": 3, "target_modules": ["q_proj"], "seed": 50 + i}
+    model = tiny.add_adapters(tiny.tiny_model("llama"), specs)
+    fns = tiny.eval_fns("llama", list(specs), n_examples=2)
+    before = snapshot(model)
+    soup = merge_adapters(model, list(specs), "greedy_soup", eval_fns=fns, adapter_name="soup")
+    assert moved(before, snapshot(model, but="soup")) == []
+    assert set(soup.fitted["kept"]) <= set(specs)
+    before = snapshot(model)
+    hi = merge_adapters(
+        model, list(specs), "hi", eval_fns=fns, adapter_name="hi", scale=0.3, density=1.0
+    )
+    assert moved(before, snapshot(model, but="hi")) == []
+    assert hi.hi is not None
+    assert set(hi.hi.plan.adapters) == set(specs)
 
 
 def test_the_report_is_json_and_holds_what_was_learned(tmp_path: Path) -> None:

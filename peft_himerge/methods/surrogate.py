@@ -112,11 +112,14 @@ def spread(scores: Tensor, count: int, first: list[int]) -> list[int]:
     """
     low, high = scores.min(dim=0).values, scores.max(dim=0).values
     scaled = (scores - low) / torch.where(high > low, high - low, 1.0)
-    taken = list(dict.fromkeys(first))[:count]
+    taken: list[int] = []
+    gap = torch.full((len(scores),), torch.inf, dtype=scores.dtype)  # to the nearest one taken
+    wanted = iter(dict.fromkeys(first))
     while len(taken) < min(count, len(scores)):
-        distance = torch.cdist(scaled, scaled[taken]).min(dim=1).values
-        distance[taken] = -1.0
-        taken.append(int(distance.argmax()))
+        place = next(wanted, None)
+        taken.append(int(gap.argmax()) if place is None else place)
+        gap = torch.minimum(gap, (scaled - scaled[taken[-1]]).square().sum(dim=1))
+        gap[taken[-1]] = -1.0
     return taken
 
 
