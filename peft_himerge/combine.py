@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .layers import OUTSIDE, LayerGroup, group_modules, layer_of
 from .plan import DROP, Edit, MergePlan
 from .select import prune_, thresholds
 
-__all__ = ["Combiner", "Term", "add_to_weight"]
+__all__ = ["Combiner", "DeltaLike", "Term", "add_to_weight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,16 @@ class Term:
     adapter: str
     cut: float
     scale: float
+
+
+class DeltaLike(Protocol):
+    """One module's delta from elsewhere than a plan."""
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, fresh tensor of the delta's rows), all rows once."""
+
+    def dense(self) -> Tensor:
+        """Return the (out, in) delta."""
 
 
 class Combiner:
@@ -210,13 +221,23 @@ class Combiner:
 
 
 def add_to_weight(weight: Tensor, kind: Kind, blocks: Iterable[tuple[slice, Tensor]]) -> Tensor:
-    """Return weight + delta in the weight's dtype and layout, without a dense delta."""
-    new = weight.clone(memory_format=torch.contiguous_format)  # no blocks: the weight itself
+    """Return weight + delta in the weight's dtype and layout, without a dense delta.
+
+    Args:
+        weight: the base weight; not written to.
+        kind: how it is stored.
+        blocks: the delta as (rows, fresh tensor of those rows), which is overwritten; all rows or
+            none.
+    """
+    new = torch.empty_like(weight, memory_format=torch.contiguous_format)
     source, target = as_matrix(weight, kind), as_matrix(new, kind)
+    empty = True
     for rows, block in blocks:
-        local = block.to(weight.device)
-        target[rows] = (source[rows].to(local.dtype) + local).to(weight.dtype)
-    return new
+        # The sum is taken in the wider of both dtypes, and rounded once.
+        local = block.to(weight.device, torch.promote_types(block.dtype, weight.dtype))
+        target[rows] = local.add_(source[rows])
+        empty = False
+    return new.copy_(weight) if empty else new
 
 
 def new_dense(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -30,29 +30,17 @@ from torch import Tensor, nn
 
 from .adapters import lora_layers, plain_weight
 from .blocks import BlockMemo, find_blocks
-from .combine import Combiner, Term, add_to_weight
+from .combine import Combiner, DeltaLike, Term, add_to_weight
 from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
 from .plan import MergePlan
 from .scoring import Score, Task, read_score
+from .threads import one_core, spread
 
-__all__ = ["Delta", "Probe", "Strategy", "preserved"]
+__all__ = ["Probe", "Strategy", "preserved"]
 
 Strategy = Literal["auto", "fold", "lazy"]
-_Terms = tuple[Term, ...]
-
-
-class Delta(Protocol):
-    """One module's delta from elsewhere than a plan; each object is a state of its own."""
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, the delta's rows), all rows once."""
-
-    def dense(self) -> Tensor:
-        """Return the (out, in) delta."""
-
-
-_What = _Terms | Delta
+_What = tuple[Term, ...] | DeltaLike
 
 
 def _rng_state() -> tuple[Any, ...]:
@@ -253,15 +241,22 @@ class Probe:
     def show(self, plan: MergePlan) -> None:
         """Put the state of `plan` into the model; only modules that differ are touched."""
         self._adapter = None
-        for module in self.combiner.modules:
-            terms = self.combiner.terms(plan, module)
-            if terms != self._shown[module]:
-                self._clear(module)
-                if terms:
-                    self._apply(module, terms)
-                self._shown[module] = terms
+        wanted = {m: self.combiner.terms(plan, m) for m in self.combiner.modules}
+        changed = [m for m, terms in wanted.items() if terms != self._shown[m]]
+        for module in changed:
+            self._clear(module)
+        todo = [m for m in changed if wanted[m]]
+        if self.strategy == "fold":
+            made = spread(lambda m: self._folded(m, self._weight(m), wanted[m]), todo)
+            for module, weight in zip(todo, made, strict=True):
+                self._fold(module, weight)
+                self._shown[module] = wanted[module]
+            return
+        for module in todo:
+            self._hooks[module] = self._hook(module, wanted[module])
+            self._shown[module] = wanted[module]
 
-    def show_deltas(self, deltas: Iterable[tuple[str, Delta]]) -> None:
+    def show_deltas(self, deltas: Iterable[tuple[str, DeltaLike]]) -> None:
         """Put the given deltas into the model, each as it comes; the base's weights elsewhere.
 
         With the strategy "fold" no delta is held on to for its size: only the folded weight is.
@@ -276,7 +271,12 @@ class Probe:
                 raise ConfigError(f"module {module!r} came twice, or no adapter changes it.")
             rest.remove(module)
             self._clear(module)
-            self._apply(module, delta)
+            if self.strategy == "fold":
+                with one_core():
+                    folded = self._folded(module, self._weight(module), delta)
+                self._fold(module, folded)
+            else:
+                self._hooks[module] = self._hook(module, delta)
             self._shown[module] = object()  # equal to no other state; the delta may be large
         for module in rest:
             self._clear(module)
@@ -294,18 +294,20 @@ class Probe:
             self._bases[module]._parameters["weight"] = original
         self._shown[module] = ()
 
-    def _apply(self, module: str, what: _What) -> None:
+    def _hook(self, module: str, what: _What) -> list[Any]:
         base = self._bases[module]
-        if self.strategy == "fold":
-            original = base._parameters["weight"]
-            assert original is not None
-            folded = self._folded(module, original, what)
-            self._swapped[module] = original
-            base._parameters["weight"] = folded
-        elif plain_weight(base):
-            self._hooks[module] = self._swap_hooks(module, what)
-        else:
-            self._hooks[module] = [base.register_forward_hook(self._add_hook(module, what))]
+        if plain_weight(base):
+            return self._swap_hooks(module, what)
+        return [base.register_forward_hook(self._add_hook(module, what))]
+
+    def _fold(self, module: str, folded: nn.Parameter) -> None:
+        self._swapped[module] = self._weight(module)
+        self._bases[module]._parameters["weight"] = folded
+
+    def _weight(self, module: str) -> nn.Parameter:
+        weight: nn.Parameter | None = self._bases[module]._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def _folded(self, module: str, weight: Tensor, what: _What) -> nn.Parameter:
         """Return W0 + delta in W0's dtype, made block by block without a dense delta."""
@@ -321,9 +323,9 @@ class Probe:
         kept: list[nn.Parameter] = []
 
         def before(_module: nn.Module, _args: Any) -> None:
-            original = base._parameters["weight"]
-            assert original is not None
-            folded = self._folded(module, original, what)
+            original = self._weight(module)
+            with one_core():
+                folded = self._folded(module, original, what)
             kept.append(original)
             self._swapped[module] = original
             base._parameters["weight"] = folded

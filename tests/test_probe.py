@@ -17,6 +17,7 @@ from torch import nn
 
 from peft_himerge import HiMergeConfig, MergeResult, apply_plan, merge_adapters_hi
 from peft_himerge.adapters import lora_layers
+from peft_himerge.combine import add_to_weight
 from peft_himerge.errors import AdapterError, EvalError
 from peft_himerge.events import ContributionsMeasured, Event, LayerResolved, StateScored
 
@@ -666,3 +667,10 @@ def test_model_with_an_unrelated_adapter_keeps_it(tmp_path: Any) -> None:
         for path, layer in lora_layers(model).items()
         if path.endswith("gate_proj")
     )
+
+
+def test_base_wider_than_the_adapters_keeps_all_its_digits() -> None:
+    weight = torch.rand(3, 4, dtype=torch.float64)
+    new = add_to_weight(weight, "linear", [(slice(0, 3), torch.zeros(3, 4))])
+    assert torch.equal(new, weight)
+    assert torch.equal(add_to_weight(weight, "linear", []), weight)

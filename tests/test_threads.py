@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_himerge.threads import spread
+from peft_himerge.threads import one_core, spread
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,14 @@ def test_a_caller_who_stops_early_puts_the_threads_back_and_leaves_the_rest_undo
 
 def test_each_worker_computes_with_one_core() -> None:
     assert set(spread(lambda _: torch.get_num_threads(), range(6))) == {1}
+
+
+def test_one_core_gives_the_others_back_also_after_an_error() -> None:
+    def interrupted() -> None:
+        with one_core():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert torch.get_num_threads() == 3

@@ -465,3 +465,15 @@ def test_a_task_is_frozen_with_its_metric() -> None:
     assert [t.guard for t in tasks.values()] == [False, False, True]
     with pytest.raises(dataclasses.FrozenInstanceError):
         tasks["a"].metric = "f1"  # type: ignore[misc]
+
+
+def test_deltas_in_blocks_are_fresh_and_add_up() -> None:
+    draw = torch.Generator().manual_seed(0)
+    b, a = torch.randn(700, 3, generator=draw), torch.randn(3, 500, generator=draw)
+    for delta in (Factored(b, a), Dense(b @ a)):
+        whole = torch.zeros(700, 500)
+        for rows, block in delta.blocks():
+            whole[rows] += block
+            block.zero_()
+        torch.testing.assert_close(whole, b @ a)
+        torch.testing.assert_close(delta.dense(), b @ a)

@@ -25,6 +25,8 @@ from ..factors import LoraFactors, working_dtype
 
 __all__ = ["Delta", "Dense", "Factored", "Result", "Stack", "StackLike", "named_generator"]
 
+_ROWS = 256  # rows of a dense delta that are copied at a time
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factored:
@@ -43,7 +45,7 @@ class Factored:
         return self.b @ self.a
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, those rows of the product), block by block."""
+        """Yield (rows, fresh tensor of those rows of the product), block by block."""
         yield from LoraFactors(a=self.a, b=self.b, scaling=1.0).blocks()
 
 
@@ -62,8 +64,10 @@ class Dense:
         return self.delta
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (all rows, the delta)."""
-        yield slice(0, self.delta.shape[0]), self.delta
+        """Yield (rows, a copy of those rows), block by block."""
+        for start in range(0, self.delta.shape[0], _ROWS):
+            rows = slice(start, min(start + _ROWS, self.delta.shape[0]))
+            yield rows, self.delta[rows].clone()
 
 
 Delta = Factored | Dense

@@ -1,6 +1,6 @@
 """Contribution analysis of Gemma-3-270M with the demo's adapters, sharing on against off.
 
-Run: ``python tests/benchmarks/analysis.py`` (``--examples 64`` for the demo's size). Both
+Run: ``python tests/benchmarks/analysis.py`` (``--examples 16`` for a quick look). Both
 ways go through the same engine and the same order of states; only `prefix_cache_gb` differs. The
 two ways take turns task by task, so that other load on the machine hits both. Block-forwards are
 counted by the memo that skips them; the distinct edges are counted here, from the plans alone.
@@ -48,7 +48,7 @@ def tree(model: Any, combiner: Combiner, task: str, plan: MergePlan) -> tuple[in
 def main() -> None:
     """Analyse every task both ways, print and write the row."""
     parser = options(__doc__)
-    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--density", type=float, default=0.5)
     chosen = parser.parse_args()
     if chosen.threads:
