@@ -15,6 +15,7 @@ import tiny
 import torch
 from peft import PeftModel
 from snapshot import moved, snapshot
+from test_identity import offload
 from torch import Tensor
 
 from peft_himerge import (
@@ -279,6 +280,20 @@ def test_eight_adapters_of_mixed_ranks() -> None:
     assert moved(before, snapshot(model, but="hi")) == []
     assert hi.hi is not None
     assert set(hi.hi.plan.adapters) == set(specs)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_offloaded_model_is_scored_like_the_whole_one(where: str, tmp_path: Path) -> None:
+    fns = tiny.eval_fns("llama", PAIR)
+    options = SMALL["coefficient_search"]
+    whole = tiny.peft_model("llama")
+    want = merge_adapters(whole, PAIR, "coefficient_search", eval_fns=fns, **options)
+    model = tiny.peft_model("llama")
+    offload(model, where, tmp_path)
+    got = merge_adapters(model, PAIR, "coefficient_search", eval_fns=fns, **options)
+    assert got.fitted["weights"] == want.fitted["weights"]
+    values = [[t["objective"] for t in r.fitted["tried"]] for r in (got, want)]
+    assert values[0] == pytest.approx(values[1], abs=1e-12)
 
 
 def test_the_report_is_json_and_holds_what_was_learned(tmp_path: Path) -> None:
