@@ -191,6 +191,24 @@ def test_map_finds_what_brute_force_finds(case: str, prefer: Any, steps: int) ->
     assert scorer.count <= count * ((count + 1) * (count + 2) + 10) + 1
 
 
+def test_map_of_eight_comes_close_to_the_best_there_is() -> None:
+    weights = tuple(0.4 + 0.3 * i for i in range(8))
+    stacks = [dataclasses.replace(s, weights=weights) for s in EIGHT]
+    scorer = scorer_of(EIGHT, mix=0.1)
+    report = fitted("map", stacks, scorer).report
+    assert scorer.count <= 8 * (90 + 10)
+    # Least squares: the mean squared distance to all targets is least at the mean of the targets.
+    flat = torch.cat([torch.stack(deltas(s)).flatten(1) for s in unweighted(stacks)], 1)
+    mean_target = (1.0 / 8 + 0.1) * flat.sum(0)
+    table = flat * torch.tensor(weights, dtype=torch.float64)[:, None]
+    best = torch.linalg.lstsq(table.t(), mean_target[:, None]).solution.flatten()
+    assert 0.0 <= float(best.min()) <= float(best.max()) <= 1.0
+    top, base = (
+        np.mean([*value(EIGHT, mixed(stacks, c), 0.1).values()]) for c in (best.tolist(), [0.0] * 8)
+    )
+    assert base + 0.99 * (top - base) <= report["objective"] <= top + 1e-9
+
+
 def test_the_front_of_map_is_a_front() -> None:
     stacks = THREE
     report = fitted("map", stacks, scorer_of(stacks), points=20).report
