@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ from .hi import merge_adapters_hi
 from .merged import AdapterMerge
 from .methods.registry import MethodInfo, register
 from .methods.stack import Delta, Dense
+from .overwrite import taking_over
 from .result import MergeResult
 from .scoring import EvalFn
 
@@ -61,7 +63,7 @@ def merge_by_hi(
     Args:
         model: the model.
         names: the adapters.
-        adapter_name: name of the new adapter.
+        adapter_name: name of the new adapter; one that has it is replaced.
         eval_fns: adapter -> function of the model.
         options: those of `HiMergeConfig`.
         weights: adapter -> the user's weight; must be 1.
@@ -72,21 +74,12 @@ def merge_by_hi(
         ConfigError: an argument would not be read; nothing was touched. Further as
             `merge_adapters_hi`.
     """
-    for name, weight in weights.items():
-        if weight != 1.0:
-            raise ConfigError(
-                f"Hi-Merging finds the scales itself, so weights must be 1.0, got {weight!r} for "
-                f"adapter {name!r}. Leave weights at 1.0, or fix scale={{adapter: factor}} and "
-                f"density in HiMergeConfig."
-            )
-    for name, (got, *neutral) in unread.items():
-        if got not in neutral:
-            raise ConfigError(
-                f"Hi-Merging does not read {name}, got {got!r}. Leave it at {neutral[0]!r}, or "
-                f"choose another method."
-            )
+    _refuse(weights, unread)
     config = HiMergeConfig(**options)
-    result = merge_adapters_hi(model, names, eval_fns, adapter_name=adapter_name, config=config)
+    read = read_adapters(model, names)
+    with taking_over(model, adapter_name) as made:
+        found = merge_adapters_hi(model, names, eval_fns, adapter_name=made, config=config)
+    result = replace(found, adapter_name=adapter_name)
     return AdapterMerge(
         adapter_name=adapter_name,
         model=model,
@@ -106,9 +99,26 @@ def merge_by_hi(
         },
         seconds=result.seconds,
         _deltas=lambda: _deltas(result),
-        _sources={a.name: (a, a.version()) for a in read_adapters(model, names)},
+        _sources={a.name: (a, a.version()) for a in read},
+        _carried={},
         hi=result,
     )
+
+
+def _refuse(weights: Mapping[str, float], unread: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, weight in weights.items():
+        if weight != 1.0:
+            raise ConfigError(
+                f"Hi-Merging finds the scales itself, so weights must be 1.0, got {weight!r} for "
+                f"adapter {name!r}. Leave weights at 1.0, or fix scale={{adapter: factor}} and "
+                f"density in HiMergeConfig."
+            )
+    for name, (got, *neutral) in unread.items():
+        if got not in neutral:
+            raise ConfigError(
+                f"Hi-Merging does not read {name}, got {got!r}. Leave it at {neutral[0]!r}, or "
+                f"choose another method."
+            )
 
 
 def _deltas(result: MergeResult) -> Iterator[tuple[str, Delta]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from . import export, files
-from .errors import AdapterError, suggest
+from . import card, checkpoint, export, files
+from .combine import Combiner
+from .errors import AdapterError, ConfigError, suggest
 from .factors import Adapter
 from .methods.registry import MethodInfo
 from .methods.stack import Delta
 from .result import MergeResult, ModuleError
+from .spool import waiting
 
 __all__ = ["AdapterMerge"]
 
@@ -58,6 +61,7 @@ class AdapterMerge:
     seconds: float
     _deltas: Callable[[], Iterator[tuple[str, Delta]]] = field(repr=False)
     _sources: Mapping[str, tuple[Adapter, int]] = field(repr=False)
+    _carried: Mapping[str, Any] = field(repr=False)
     hi: MergeResult | None = field(default=None, repr=False)
 
     @property
@@ -75,12 +79,7 @@ class AdapterMerge:
         Raises:
             AdapterError: no adapter changes that module, or a source's weights have changed since.
         """
-        for name, (adapter, version) in self._sources.items():
-            if adapter.version() != version:
-                raise AdapterError(
-                    f"the weights of adapter {name!r} changed since the merge. Merge again, or "
-                    f"keep a copy of the adapter."
-                )
+        self._check_sources()
         for found, delta in self._deltas():
             if found == module:
                 return delta.dense()
@@ -88,15 +87,61 @@ class AdapterMerge:
             f"no module {module!r}.{suggest(module, [m.module for m in self.modules])}"
         )
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the merged adapter in PEFT's layout and report.json; return the folder.
+    def _check_sources(self) -> None:
+        for name, (adapter, version) in self._sources.items():
+            if adapter.version() != version:
+                raise AdapterError(
+                    f"the weights of adapter {name!r} changed since the merge. Merge again, or "
+                    f"keep a copy of the adapter."
+                )
 
-        Load it with ``PeftModel.from_pretrained(base, folder)``.
+    def save(self, folder: str | Path, *, sources: Mapping[str, str | Path] | None = None) -> Path:
+        """Write the merged adapter in PEFT's layout, report.json and the model card README.md.
+
+        Args:
+            folder: created if it is not there; files of these names are replaced.
+            sources: adapter -> folder it was loaded from, as far as you like: licences that their
+                model cards name go into ours.
+
+        Returns:
+            The folder. Load it with ``PeftModel.from_pretrained(base, folder)``.
+
+        Raises:
+            ConfigError: `sources` names another adapter.
         """
+        licences = card.licences_of(sources, self._sources)
         target = Path(folder)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, default=str)
+        facts = self.to_dict()
+        text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
         files.write_text(target / "report.json", text + "\n")
+        base = self.model.peft_config[self.adapter_name].base_model_name_or_path
+        files.write_text(target / "README.md", card.render_card(facts, base, licences))
         return export.save_adapter(self.model, self.adapter_name, target)
+
+    def save_merged(self, base: str | Path, folder: str | Path) -> Path:
+        """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
+
+        The method runs once more. Deltas that are no product of thin factors wait on disk, beside
+        the checkpoint, for their turn.
+
+        Raises:
+            ConfigError: the adapter also holds what is no delta (saved modules, trained tokens,
+                biases), or `base` is no plain checkpoint.
+            AdapterError: a source's weights have changed since the merge.
+            PlanError: `base` is not the adapters' base.
+        """
+        self._check_sources()
+        if self._carried:
+            raise ConfigError(
+                f"the merged adapter also holds {', '.join(self._carried)}, which are no deltas of "
+                f"base weights. Use model.merge_and_unload() for them."
+            )
+        combiner = Combiner([adapter for adapter, _ in self._sources.values()])
+        parent = Path(folder).absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent) as spool:
+            blocks = waiting(self._deltas, spool)
+            return checkpoint.save_checkpoint(base, combiner, blocks, folder)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the merge as plain JSON values; the content of report.json."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,8 @@ from .merged import AdapterMerge
 from .methods.depth import Lines
 from .methods.registry import MethodInfo, describe, get_method
 from .methods.stack import Delta, Factored, Stack
+from .mixture import gather
+from .overwrite import taking_over
 from .probe import Probe, preserved
 from .request import (
     Request,
@@ -38,7 +39,7 @@ from .result import ModuleError
 from .scoring import EvalFn
 from .trials import Trials, tasks_of
 
-__all__ = ["AdapterMerge", "merge_adapters", "run", "scored", "take_out"]
+__all__ = ["AdapterMerge", "merge_adapters", "run", "scored"]
 
 
 def merge_adapters(
@@ -117,12 +118,11 @@ def merge_adapters(
         unread: dict[str, Any] = {"space": (space, "full"), "pad_rank": (pad_rank, 1)}
         unread |= {"modules_to_save": (modules_to_save, "error"), "seed": (seed, 0)}
         unread |= {"post": (post, None)}
-        unread |= {"strict_base": (strict_base, True), "overwrite": (overwrite, False)}
+        unread |= {"strict_base": (strict_base, True)}
         options |= {"rank": rank, "metric": metric}
         return merge_by_hi(
             model, names, adapter_name, eval_fns or {}, options, weights=of, unread=unread
         )
-    evidence = scored(info, names, eval_fns, metric)
     request = prepare(
         model,
         info,
@@ -136,6 +136,11 @@ def merge_adapters(
         least_rank=check_pad(pad_rank),
         seed=seed,
     )
+    evidence: Callable[[Probe], Any] | None = scored(
+        info, names, eval_fns, metric, request.carried.settings
+    )
+    if evidence is None:
+        evidence = gather(model, names, inputs, request.carried.settings, seed)
     return run(model, adapter_name, request, start, evidence)
 
 
@@ -152,23 +157,21 @@ def run(
     gradients.
     """
     combiner = Combiner(request.adapters)
-    with preserved(model):
+    with taking_over(model, adapter_name) as made, preserved(model):
         probe = Probe(model, combiner)  # refuses deltas that don't fit the base's weights
         with torch.no_grad():
             if evidence is not None:
                 request = request.fit(evidence(probe))
             parts = _compressed(request)
-        if adapter_name in model.peft_config:
-            take_out(model, adapter_name)
         rank = export.add_adapter(
             model,
-            adapter_name,
+            made,
             combiner,
             parts,
             least_rank=request.least_rank,
             settings=request.carried.settings,
         )
-        fill(model, adapter_name, request.carried)
+        fill(model, made, request.carried)
     return AdapterMerge(
         adapter_name=adapter_name,
         model=model,
@@ -184,6 +187,7 @@ def run(
         seconds=time.perf_counter() - start,
         _deltas=_exact(request),
         _sources={a.name: (a, a.version()) for a in request.adapters},
+        _carried=request.carried.settings,
     )
 
 
@@ -192,27 +196,26 @@ def scored(
     names: Sequence[str],
     eval_fns: Mapping[str, EvalFn] | None,
     metric: str | Mapping[str, str] | None,
+    carried: Mapping[str, Any],
 ) -> Callable[[Probe], Trials] | None:
     """Return what makes the evidence of a method that needs scores; None for others.
 
     Raises:
-        ConfigError: the eval functions do not fit the adapters, or `metric` would not be read.
+        ConfigError: the eval functions do not fit the adapters, `metric` would not be read, or the
+            adapters hold more than factors, which no score would show.
     """
     if info.needs == "scores":
+        if carried:
+            raise ConfigError(
+                f"method {info.name!r} scores the model with deltas alone, but these adapters also "
+                f"have {', '.join(carried)}. Choose a method that needs nothing."
+            )
         return partial(Trials, tasks=tasks_of(names, eval_fns or {}, metric))
     if metric is not None:
         raise ConfigError(
             f"method {info.name!r} needs {info.needs}, so metric would not be read. Leave it out."
         )
     return None
-
-
-def take_out(model: PeftModel, name: str) -> None:
-    """Delete an adapter whose name is about to be given to another."""
-    with warnings.catch_warnings():
-        # PEFT makes another adapter active; `preserved` makes the new one active again.
-        warnings.filterwarnings("ignore", message=".* was active which is now deleted")
-        model.delete_adapter(name)
 
 
 def _compressed(request: Request) -> dict[str, LowRank]:

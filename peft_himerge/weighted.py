@@ -23,8 +23,9 @@ from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
 from .lowrank import LowRank, low_rank_of_product
 from .merged import AdapterMerge
-from .merging import run, scored, take_out
+from .merging import run, scored
 from .methods.registry import MethodInfo, get_method, list_methods
+from .overwrite import taking_over
 from .probe import preserved
 from .request import check_evidence, check_names, check_weights, prepare
 from .scoring import EvalFn
@@ -131,14 +132,13 @@ def add_weighted_adapter(
     info, options = _method(combination_type, density, majority_sign_method, alone=len(names) == 1)
     _check_needs(info, model, eval_fns, compat)
     if info is HI:
-        unread: dict[str, Any] = {"svd_clamp": (svd_clamp, None), "overwrite": (overwrite, False)}
-        unread |= {"strict_base": (strict_base, True), "seed": (seed, 0)}
+        unread: dict[str, Any] = {"svd_clamp": (svd_clamp, None), "seed": (seed, 0)}
+        unread |= {"strict_base": (strict_base, True)}
         unread |= {"modules_to_save": (modules_to_save, "sole", "error")}
         options |= {"rank": "auto" if svd_rank is None else svd_rank, "metric": metric}
         return merge_by_hi(
             owner, names, adapter_name, eval_fns or {}, options, weights=of, unread=unread
         )
-    evidence = scored(info, names, eval_fns, metric)
     request = prepare(
         owner,
         info,
@@ -152,10 +152,14 @@ def add_weighted_adapter(
         seed=seed,
     )
     if compat is None:
+        evidence = scored(info, names, eval_fns, metric, request.carried.settings)
         return run(owner, adapter_name, request, start, evidence)
-    own = partial(_PEFT_OWN, owner.base_model, names, list(of.values()), adapter_name)
     numbers = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
-    _as_peft_does(owner, adapter_name, partial(own, combination_type, *numbers), seed)
+
+    def own(made: str) -> None:
+        _PEFT_OWN(owner.base_model, names, list(of.values()), made, combination_type, *numbers)
+
+    _as_peft_does(owner, adapter_name, own, seed)
     return None
 
 
@@ -200,7 +204,11 @@ def _new_rank(
 ) -> int:
     known = (
         *COMBINATION_TYPES,
-        *(m.name for m in list_methods() if m.name not in COMBINATION_TYPES),
+        *(
+            m.name
+            for m in list_methods()
+            if m.name not in COMBINATION_TYPES and m.needs in ("nothing", "scores")
+        ),
     )
     if combination_type not in known:
         raise ConfigError(
@@ -257,11 +265,6 @@ def _check_needs(
     info: MethodInfo, model: Any, eval_fns: Mapping[str, EvalFn] | None, compat: str | None
 ) -> None:
     """Refuse a method that cannot be run from here, or without what it needs."""
-    if info.needs in ("inputs", "gradients"):
-        raise ConfigError(
-            f"combination_type={info.name!r} needs {info.needs}: call peft_himerge.merge_adapters("
-            f"model, adapters, {info.name!r}, inputs=...)."
-        )
     check_evidence(info, eval_fns=eval_fns)
     if info.needs != "nothing" and (compat is not None or not isinstance(model, PeftModel)):
         raise ConfigError(
@@ -307,15 +310,10 @@ def _singular(part: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return part.b / part.b.norm(dim=0), part.a / part.a.norm(dim=1)[:, None], sizes
 
 
-def _as_peft_does(model: PeftModel, adapter_name: str, own: Callable[[], None], seed: int) -> None:
+def _as_peft_does(
+    model: PeftModel, adapter_name: str, own: Callable[[str], None], seed: int
+) -> None:
     """Run PEFT's own method; put back all that it moves."""
-    with preserved(model):
+    with taking_over(model, adapter_name) as made, preserved(model):
         torch.manual_seed(seed)
-        if adapter_name in model.peft_config:
-            take_out(model, adapter_name)
-        try:
-            own()
-        except BaseException:
-            if adapter_name in model.peft_config:
-                model.delete_adapter(adapter_name)
-            raise
+        own(made)

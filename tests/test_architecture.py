@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "threads": {"errors"},
     "files": {"errors"},
     "names": {"errors"},
+    "portable": {"errors"},
     "randomness": {"errors"},
     "processes": {"errors"},
     "sampler": {"errors"},
@@ -35,6 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "journal": {"errors", "scoring"},
     "blocks": {"errors", "layers"},
     "evals": {"errors", "randomness", "scoring"},
+    "batches": {"errors", "randomness"},
     "select": {"errors", "factors", "threads"},
     "adapters": {"errors", "factors"},
     "contribution": {"errors", "layers", "plan", "scoring"},
@@ -48,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
     "events": {"conflict", "contribution", "plan", "scoring"},
     "report": {"conflict", "contribution", "plan", "scoring"},
+    "card": {"errors", "report"},
     "lowrank": {"combine", "errors", "factors", "threads"},
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
     "probe": {
@@ -55,13 +58,14 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "threads"),
     },
     # floor 5: what stands on those
+    "mixture": {"adapters", "batches", "combine", "errors", "factors", "probe"},
     "progress": {"events"},
     "tables": {"report", "result"},
     "export": {"adapters", "combine", "errors", "files", "lowrank", "plan", "threads"},
-    "checkpoint": {"combine", "errors", "factors", "files", "plan"},
+    "checkpoint": {"combine", "errors", "factors", "files"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
-        *("sampler", "scoring", "threads"),
+        *("batches", "mixture", "sampler", "scoring", "threads"),
     },
     "engine": {
         *("blocks", "combine", "cost", "errors", "events", "identity", "journal", "ledger"),
@@ -70,7 +74,7 @@ ROOMS: dict[str, set[str]] = {
     # floor 6: what the user gets back
     "preview": {"blocks", "combine", "config", "cost", "errors", "folders", "layers"},
     "result": {
-        *("checkpoint", "files"),
+        *("card", "checkpoint", "files"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
         *("scoring", "search"),
     },
@@ -87,23 +91,29 @@ ROOMS: dict[str, set[str]] = {
     },
     # the other methods: the drop-in for PEFT's own, and the registry's way into a model
     "carried": {"adapters", "errors", "factors"},
+    "overwrite": {"probe"},
     "request": {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
     "trials": {"errors", "methods", "probe", "scoring"},
-    "merged": {"errors", "export", "factors", "files", "methods", "result"},
+    "spool": {"checkpoint", "methods"},
+    "merged": {
+        *("card", "checkpoint", "combine", "errors", "export", "factors", "files", "methods"),
+        *("result", "spool"),
+    },
     "byhi": {
-        *("adapters", "config", "errors", "hi", "merged", "methods", "result", "scoring"),
+        *("adapters", "config", "errors", "hi", "merged", "methods", "overwrite", "result"),
+        "scoring",
     },
     "merging": {
         *("adapters", "byhi", "carried", "combine", "errors", "export", "factors", "layers"),
-        *("lowrank", "merged"),
-        *("methods", "plan", "probe", "request", "result", "scoring", "trials"),
+        *("lowrank", "merged", "methods", "mixture", "overwrite", "plan", "probe", "request"),
+        *("result", "scoring", "trials"),
     },
     "weighted": {
         *("adapters", "byhi", "carried", "config", "errors", "hi", "lowrank", "merged"),
-        *("merging", "methods", "probe", "request", "result", "scoring"),
+        *("merging", "methods", "overwrite", "probe", "request", "result", "scoring"),
     },
     # floor 8: merges inside a training run, and who listens to them
     "guests": {"adapters", "errors", "folders"},
@@ -120,7 +130,7 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "tracking", "training"),
     },
     "offline": {
-        "files",
+        *("card", "files"),
         *("adapters", "combine", "config", "errors", "export", "factors", "folders", "lowrank"),
         *("plan", "report", "result"),
     },
@@ -133,7 +143,9 @@ ROOMS: dict[str, set[str]] = {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
         *("request", "result", "tracking", "weighted"),
     },
+    "cli_check": {"errors", "portable"},
     "cli": {
+        "cli_check",
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
         *("preview", "processes", "sweep", "tables"),
@@ -151,6 +163,8 @@ TYPES_ONLY = {
 
 NO_TORCH = {
     "names",
+    "card",
+    "portable",
     "errors",
     "plan",
     "layers",
@@ -168,19 +182,8 @@ NO_TORCH = {
 }
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *(
-        "byhi",
-        "carried",
-        "merged",
-        "merging",
-        "offline",
-        "request",
-        "result",
-        "rounds",
-        "sweep",
-        "training",
-    ),
-    "weighted",
+    *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
+    *("result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -201,13 +204,15 @@ DOORS: dict[str, set[str]] = {
         "training",
         "preview",
     },
-    "safetensors": {"adapters", "checkpoint", "demo", "evals", "export", "folders", "methods"},
+    "safetensors": {
+        *("adapters", "checkpoint", "demo", "evals", "export", "folders", "methods", "portable"),
+    },
     "accelerate": {"identity", "processes", "rounds", "training"},
-    "huggingface_hub": {"report"},
+    "huggingface_hub": {"card"},
     "pydantic": {"config"},
     "psutil": {"probe"},
     "optuna": {"sampler"},
-    "yaml": {"sweep"},
+    "yaml": {"card", "sweep"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
     "evaluate": {"evals"},
@@ -216,8 +221,8 @@ DOORS: dict[str, set[str]] = {
     "sacrebleu": {"evals"},
     "scipy": {"evals"},
     "tqdm": {"evals"},
-    "typer": {"cli"},
-    "rich": {"cli", "demo", "progress", "tables"},
+    "typer": {"cli", "cli_check"},
+    "rich": {"cli", "cli_check", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},
     "babel": {"demo"},

@@ -249,7 +249,7 @@ def test_saved_config_follows_the_portable_profile(tmp_path: Path) -> None:
     assert fields["r"] == fields["lora_alpha"] == result.rank
     assert fields["use_rslora"] is False
     assert fields["use_dora"] is False
-    assert fields["lora_bias"] is False
+    assert not fields.get("lora_bias")
     assert fields["bias"] == "none"
     assert not fields["rank_pattern"]
     assert not fields["alpha_pattern"]

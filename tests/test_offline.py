@@ -360,3 +360,13 @@ def test_a_merge_command_without_scores_says_what_is_missing(
     assert done.returncode == 1
     assert text in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_licences_of_the_sources_go_into_the_card(tmp_path: Path) -> None:
+    folders = saved(tiny.peft_model("llama", 2, torch.float32), tmp_path / "in")
+    for folder in folders.values():
+        (folder / "README.md").write_text("---\nlicense: mit\n---\ntext\n", encoding="utf-8")
+    merge_folders(folders, tmp_path / "out", config=HiMergeConfig(density=1.0, scale=1.0))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "\nlicense: mit\n" in card
+    assert card.count(", licence mit") == 2

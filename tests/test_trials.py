@@ -390,6 +390,33 @@ def test_hi_by_name_is_the_merge_of_its_own_door(tmp_path: Path) -> None:
     assert set(report["sources"]) == set(PAIR)
 
 
+def test_hi_takes_over_a_name_and_what_was_there_stays_if_it_fails() -> None:
+    model = tiny.peft_model("llama", 3)
+    fns = tiny.eval_fns("llama", PAIR)
+    want = merge_adapters(model, PAIR, "hi", eval_fns=fns, adapter_name="new", **HI)
+    before = snapshot(model)
+    bad = {**fns, "en": lambda m: float("nan")}
+    with pytest.raises(EvalError):
+        merge_adapters(model, PAIR, "hi", eval_fns=bad, adapter_name="en", overwrite=True, **HI)
+    assert moved(before, snapshot(model)) == []
+    got = merge_adapters(model, PAIR, "hi", eval_fns=fns, adapter_name="en", overwrite=True, **HI)
+    assert sorted(model.peft_config) == ["en", "math", "new", "zh"]
+    assert got.hi is not None
+    assert got.hi.adapter_name == got.adapter_name == "en"
+    for record in want.modules:
+        assert torch.equal(got.delta(record.module), want.delta(record.module))
+    assert got.to_dict()["sources"] == want.to_dict()["sources"]
+
+
+def test_deltas_alone_are_scored_so_saved_modules_are_refused() -> None:
+    specs = {n: {"target_modules": ["q_proj"], "seed": i} for i, n in enumerate(PAIR)}
+    specs["zh"]["modules_to_save"] = ["lm_head"]
+    model = tiny.add_adapters(tiny.tiny_model("llama"), specs)
+    fns = dict.fromkeys(PAIR, good)
+    with pytest.raises(ConfigError, match=r"scores the model with deltas alone.*modules_to_save"):
+        merge_adapters(model, PAIR, "greedy_soup", eval_fns=fns, modules_to_save="sole")
+
+
 def test_hi_is_a_combination_type() -> None:
     model = tiny.peft_model("llama", 2)
     fns = tiny.eval_fns("llama", PAIR)
@@ -420,7 +447,6 @@ def test_hi_is_a_combination_type() -> None:
         ({"modules_to_save": "sole"}, "does not read modules_to_save"),
         ({"strict_base": False}, "does not read strict_base"),
         ({"seed": 1}, "does not read seed"),
-        ({"overwrite": True}, "does not read overwrite"),
         ({"densty": 0.5}, "Did you mean 'density'"),
         ({"density": 2.0}, "density"),
         ({"rank": 0}, "rank"),
