@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "portable": {"errors"},
     "randomness": {"errors"},
     "processes": {"errors"},
+    "sampler": {"errors"},
     "factors": {"errors", "threads"},
     # floor 2: options, and what is computed from the nouns
     "config": {"errors", "plan"},
@@ -40,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "adapters": {"errors", "factors"},
     "contribution": {"errors", "layers", "plan", "scoring"},
     # floor 3: decisions, deltas, what a score rests on
-    "search": {"config", "errors", "plan"},
+    "search": {"config", "errors", "plan", "sampler"},
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
     "folders": {"adapters", "errors", "factors"},
@@ -66,7 +67,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"combine", "errors", "factors", "files"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
-        *("batches", "mixture", "threads"),
+        *("batches", "mixture", "sampler", "scoring", "threads"),
     },
     "engine": {
         *("blocks", "combine", "cost", "errors", "events", "identity", "journal", "ledger"),
@@ -97,16 +98,24 @@ ROOMS: dict[str, set[str]] = {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
+    "trials": {"errors", "methods", "probe", "scoring"},
     "spool": {"checkpoint", "methods"},
+    "merged": {
+        *("card", "checkpoint", "combine", "errors", "export", "factors", "files", "methods"),
+        *("result", "spool"),
+    },
+    "byhi": {
+        *("adapters", "config", "errors", "hi", "merged", "methods", "overwrite", "result"),
+        "scoring",
+    },
     "merging": {
-        *("card", "checkpoint", "files", "overwrite", "spool"),
-        *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
-        *("methods", "mixture", "plan", "probe", "request", "result"),
+        *("adapters", "byhi", "carried", "combine", "errors", "export", "factors", "layers"),
+        *("lowrank", "merged", "methods", "mixture", "overwrite", "plan", "probe", "request"),
+        *("result", "scoring", "trials"),
     },
     "weighted": {
-        "overwrite",
-        *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
-        *("probe", "request", "result"),
+        *("adapters", "byhi", "carried", "config", "errors", "hi", "lowrank", "merged"),
+        *("merging", "methods", "overwrite", "probe", "request", "result", "scoring"),
     },
     # floor 8: merges inside a training run, and who listens to them
     "guests": {"adapters", "errors", "folders"},
@@ -128,7 +137,8 @@ ROOMS: dict[str, set[str]] = {
         *("lowrank", "plan", "report", "result"),
     },
     "sweep": {
-        *("config", "errors", "events", "hi", "probe", "result", "scoring", "tracking"),
+        *("config", "errors", "events", "hi", "probe", "result", "sampler", "scoring"),
+        "tracking",
     },
     # floor 9: front doors
     "__init__": {
@@ -165,6 +175,7 @@ NO_TORCH = {
     "scoring",
     "contribution",
     "conflict",
+    "sampler",
     "search",
     "events",
     "page",
@@ -175,8 +186,8 @@ NO_TORCH = {
 }
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("carried", "merging", "overwrite", "offline", "request", "result", "rounds", "sweep"),
-    *("mixture", "training", "weighted"),
+    *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
+    *("result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -206,7 +217,7 @@ DOORS: dict[str, set[str]] = {
     "jinja2": {"page"},
     "plotly": {"page"},
     "psutil": {"probe"},
-    "optuna": {"sweep"},
+    "optuna": {"sampler"},
     "yaml": {"card", "sweep"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
