@@ -145,9 +145,14 @@ ROOMS: dict[str, set[str]] = {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
         *("request", "result", "tracking", "weighted"),
     },
+    "bench": {
+        *("adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
+        *("identity", "methods", "plan", "probe", "request", "result", "scoring", "trials"),
+    },
+    "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
     "cli": {
-        "cli_check",
+        *("cli_bench", "cli_check"),
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
         *("cli_report", "preview", "processes", "sweep", "tables"),
@@ -185,6 +190,7 @@ NO_TORCH = {
     "progress",
 }
 MODELS = {
+    "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
     *("result", "rounds", "sweep", "training", "weighted"),
@@ -227,7 +233,7 @@ DOORS: dict[str, set[str]] = {
     "sacrebleu": {"evals"},
     "scipy": {"evals"},
     "tqdm": {"evals"},
-    "typer": {"cli", "cli_check", "cli_report"},
+    "typer": {"cli", "cli_bench", "cli_check", "cli_report"},
     "rich": {"cli", "cli_check", "cli_report", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},

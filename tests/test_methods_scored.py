@@ -432,6 +432,8 @@ def test_kept_needs_adapters_that_win_something() -> None:
         ("map", {"link": "sigmoit"}, "Did you mean \"'sigmoid'\""),
         ("map", {"prefer": 3}, "prefer must be a name or adapter -> weight"),
         ("coefficient_search", {"base": "tie"}, "no merging method 'tie'"),
+        ("coefficient_search", {"base_space": "knot"}, "base_space got 'knot'"),
+        ("coefficient_search", {"base": "tsv_m", "base_space": "core"}, "not work entry by entry"),
         ("coefficient_search", {"base": "map"}, "base='map' is fitted to scores itself"),
         ("coefficient_search", {"base": "hi"}, "base='hi' is fitted to scores itself"),
         ("coefficient_search", {"base": "ties_peft"}, "needs the option 'density'"),

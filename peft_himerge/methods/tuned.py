@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import ConfigError
 from ..sampler import Kind, Point, explore, import_optuna, propose, size
@@ -13,6 +13,7 @@ from .check import choice, number, whole
 from .linear import products
 from .registry import Fitted, MethodInfo, get_method, method
 from .scored import Aim, Goal, Scorer, aim_of, row
+from .spaces import Space, in_space
 from .stack import Result, Stack
 
 __all__ = ["coefficient_search"]
@@ -32,6 +33,7 @@ def coefficient_search(
     evidence: Scorer,
     *,
     base: str = "cat",
+    base_space: Space = "full",
     values: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0),
     choices: Mapping[str, Sequence[Any]] | None = None,
     sampler: Kind = "random",
@@ -52,6 +54,7 @@ def coefficient_search(
         stacks: the modules.
         evidence: the scores.
         base: the method that merges; it must need nothing but the adapters.
+        base_space: where it runs: "full", "knots" or "core" (`spaces`).
         values: weights to try for every adapter.
         choices: option of `base` -> values to try; one value sets it.
         sampler: "grid" tries all points; "random" draws them without repeating any; "optuna" lets
@@ -65,7 +68,8 @@ def coefficient_search(
         ConfigError: an option is not allowed, or the budget is too small.
         MissingExtraError: Optuna is not installed.
     """
-    info = _base_of(base)
+    choice("base_space", base_space, get_args(Space))
+    info = _base_of(base, base_space)
     axes = _axes(info, values, choices or {}, len(stacks[0].names))
     choice("sampler", sampler, _KINDS)
     _check_budget(whole("budget", budget), len(evidence.own), objective)
@@ -78,7 +82,7 @@ def coefficient_search(
             f"{budget}. Raise the budget, give fewer values, or use sampler='random' or 'optuna'."
         )
     aim = aim_of("objective", objective, stacks, evidence)
-    search = _Search(info, tuple(choices or {}), stacks, evidence, aim, budget)
+    search = _Search(info, base_space, tuple(choices or {}), stacks, evidence, aim, budget)
     first = [point for point in _even(axes, len(stacks[0].names)) if search.weighs(point)]
     most = budget // len(evidence.own) if sampler == "optuna" else None
     points = propose(sampler, axes, most, seed=stacks[0].seed, first=first)
@@ -86,8 +90,13 @@ def coefficient_search(
     return search.fitted()
 
 
-def _base_of(name: str) -> MethodInfo:
+def _base_of(name: str, space: str) -> MethodInfo:
     info = get_method(name)
+    if space != "full" and not info.elementwise:
+        raise ConfigError(
+            f"base={name!r} does not work entry by entry, so base_space={space!r} would change "
+            f"nothing or break it. Use base_space='full'."
+        )
     if info.needs != "nothing":
         raise ConfigError(
             f"base={name!r} is fitted to {info.needs} itself; choose a method whose `needs` is "
@@ -135,6 +144,7 @@ class _Search:
     """What was tried, and what is left to spend."""
 
     info: MethodInfo
+    space: Space
     options: tuple[str, ...]
     stacks: Sequence[Stack]
     evidence: Scorer
@@ -186,5 +196,4 @@ class _Search:
             replace(stack, weights=tuple(products(stack.weights, factors.values())))
             for stack in stacks
         ]
-        result: Result = self.info.function(found, **options)
-        return result
+        return in_space(partial(self.info.function, **options), found, self.space)
