@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from rich.table import Table
 from .config import HiMergeConfig
 from .cost import Cost
 from .errors import ConfigError, HiMergeError
+from .evals import load_evals
 from .hi import merge_adapters_hi
 from .offline import FolderMerge, merge_folders
 from .plan import MergePlan
@@ -77,7 +77,7 @@ def merge(
         return
     from .folders import load_peft_model
 
-    build = _load_eval_fns(evals)
+    build = load_evals(evals)
     model, tokenizer = load_peft_model(base, folders)
     eval_fns = build(tokenizer)
     with ProgressBar(Console(stderr=True, quiet=not is_main())) as bar:
@@ -219,7 +219,7 @@ def sweep(
     wanted = read_sweep(recipe)
     if wanted.base is None or wanted.evals is None or not wanted.adapters:
         raise ConfigError(f"{str(recipe)!r} needs himerge.base, himerge.adapters, himerge.eval.")
-    build = _load_eval_fns(wanted.evals)
+    build = load_evals(wanted.evals)
     model, tokenizer = load_peft_model(wanted.base, wanted.adapters)
     names, eval_fns = list(wanted.adapters), build(tokenizer)
     if agent:
@@ -312,26 +312,6 @@ def _adapters(pairs: list[str]) -> dict[str, Path]:
             raise ConfigError(f"--adapter names {name!r} twice.")
         folders[name] = Path(folder)
     return folders
-
-
-def _load_eval_fns(path: Path) -> Any:
-    """Import the user's file and return its `eval_fns`; the only code that is run from a path."""
-    if not path.is_file():
-        raise ConfigError(f"--eval {str(path)!r} is not a file.")
-    spec = importlib.util.spec_from_file_location("himerge_user_evals", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--eval {str(path)!r} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    build = getattr(module, "eval_fns", None)
-    if isinstance(build, Mapping):
-        return lambda _tokenizer: build
-    if not callable(build):
-        raise ConfigError(
-            f"--eval {str(path)!r} defines no eval_fns(tokenizer) that returns "
-            f"{{adapter name: function of the model}}."
-        )
-    return build
 
 
 def main() -> None:

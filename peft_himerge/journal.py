@@ -56,7 +56,8 @@ class Kept:
 def pack_score(score: Score) -> dict[str, Any]:
     """Return a score as plain JSON values that `unpack_score` turns back bit by bit."""
     examples = None if score.examples is None else score.examples.tolist()
-    return {"value": score.value, "examples": examples, "metrics": dict(score.metrics)}
+    packed = {"value": score.value, "examples": examples, "metrics": dict(score.metrics)}
+    return packed if score.error is None else {**packed, "error": score.error}
 
 
 def unpack_score(packed: Mapping[str, Any]) -> Score:
@@ -66,6 +67,7 @@ def unpack_score(packed: Mapping[str, Any]) -> Score:
         packed["value"],
         None if examples is None else np.asarray(examples, dtype=np.float64),
         MappingProxyType(dict(packed["metrics"])),
+        packed.get("error"),
     )
 
 

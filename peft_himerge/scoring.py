@@ -16,12 +16,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import EvalError, suggest
+from .errors import ConfigError, EvalError, suggest
 
-__all__ = ["Difference", "EvalFn", "Score", "Task", "difference", "read_score"]
+__all__ = ["Difference", "Estimate", "EvalFn", "Score", "Task", "difference", "read_score"]
 
 EvalFn = Callable[[Any], Any]
 Examples = npt.NDArray[np.float64]
+
+
+class Estimate(float):
+    """A score that is no mean over examples, and its standard error.
+
+    For what an eval function returns: a number like any other, which brings along how sure it is,
+    e.g. corpus BLEU with its bootstrap error.
+
+    Attributes:
+        se: the standard error, or None if it is not known.
+    """
+
+    __slots__ = ("se",)
+
+    def __new__(cls, value: float, se: float | None = None) -> Estimate:
+        """Make one; `se` must be a finite number from 0 on, or None."""
+        if se is not None and not 0 <= se < math.inf:
+            raise ConfigError(f"a standard error must be a number from 0 on or None, got {se!r}")
+        made = super().__new__(cls, value)
+        made.se = se
+        return made
+
+    se: float | None
+
+    def __getnewargs__(self) -> tuple[float, float | None]:  # type: ignore[override]
+        return float(self), self.se
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +75,18 @@ class Score:
         value: the score; the mean of `examples` if there are any.
         examples: per-example scores, or None if the eval function returned a bare number.
         metrics: every metric the eval function returned, by name; {} if it returned no dict.
+        error: the standard error of an `Estimate`; None if `value` is a mean or a bare number.
     """
 
     value: float
     examples: Examples | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
 
     @property
     def se(self) -> float | None:
-        """Standard error of `value` over the examples; None without at least two of them."""
-        return None if self.examples is None else _standard_error(self.examples)
+        """Standard error of `value`: over two or more examples, or the eval function's own."""
+        return self.error if self.examples is None else _standard_error(self.examples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +123,8 @@ def read_score(raw: Any, task: Task) -> Score:
     """Turn what an eval function returned into a `Score`.
 
     Args:
-        raw: a number; a 0-d or 1-D tensor, array or sequence of numbers; or a dict of those.
+        raw: a number, with or without an error (`Estimate`); a 0-d or 1-D tensor, array or
+            sequence of numbers; or a dict of those.
         task: the task, named in every error.
 
     Raises:
@@ -109,7 +138,7 @@ def read_score(raw: Any, task: Task) -> Score:
                 f"metric={task.metric!r} asks for a dict of metrics."
             )
         value, examples = _read_values(raw, task, "score")
-        return Score(value, examples)
+        return Score(value, examples, error=_own_error(raw))
     if task.metric is None or task.metric not in raw:
         got = "no metric was named" if task.metric is None else f"there is no {task.metric!r}"
         hint = suggest(task.metric or "", [str(key) for key in raw])
@@ -120,7 +149,11 @@ def read_score(raw: Any, task: Task) -> Score:
     read = {str(key): _read_values(value, task, str(key)) for key, value in raw.items()}
     value, examples = read[task.metric]
     metrics = MappingProxyType({key: mean for key, (mean, _) in read.items()})
-    return Score(value, examples, metrics)
+    return Score(value, examples, metrics, _own_error(raw[task.metric]))
+
+
+def _own_error(raw: Any) -> float | None:
+    return raw.se if isinstance(raw, Estimate) else None
 
 
 def _read_values(raw: Any, task: Task, metric: str) -> tuple[float, Examples | None]:

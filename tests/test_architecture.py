@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors", "plan"},
     "journal": {"errors", "scoring"},
     "blocks": {"errors", "layers"},
-    "evals": {"errors", "scoring"},
+    "evals": {"errors", "randomness", "scoring"},
     "select": {"errors", "factors", "threads"},
     "adapters": {"errors", "factors"},
     "contribution": {"errors", "layers", "plan", "scoring"},
@@ -176,13 +176,13 @@ DOORS: dict[str, set[str]] = {
         "select",
         "tracking",
     },
-    "peft": MODELS | {"cli", "demo"},
+    "peft": MODELS | {"cli", "demo", "evals"},
     "transformers": {
         *("blocks", "callback", "demo", "evals", "folders", "identity", "offline", "result"),
         "training",
         "preview",
     },
-    "safetensors": {"adapters", "checkpoint", "demo", "export", "folders", "methods"},
+    "safetensors": {"adapters", "checkpoint", "demo", "evals", "export", "folders", "methods"},
     "accelerate": {"identity", "processes", "rounds", "training"},
     "huggingface_hub": {"report"},
     "pydantic": {"config"},
@@ -190,6 +190,13 @@ DOORS: dict[str, set[str]] = {
     "optuna": {"sweep"},
     "yaml": {"sweep"},
     "pandas": {"contribution"},
+    "datasets": {"evals"},
+    "evaluate": {"evals"},
+    "lm_eval": {"evals"},
+    "rouge_score": {"evals"},
+    "sacrebleu": {"evals"},
+    "scipy": {"evals"},
+    "tqdm": {"evals"},
     "typer": {"cli"},
     "rich": {"cli", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
@@ -352,7 +359,17 @@ def test_modules_and_functions_stay_small() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["wandb", "typer", "rich", "pandas", "matplotlib", "optuna", "transformers.trainer"]
+    "module",
+    [
+        "wandb",
+        "typer",
+        "rich",
+        "pandas",
+        "matplotlib",
+        "optuna",
+        "transformers.trainer",
+        "datasets",
+    ],
 )
 def test_import_of_the_package_does_not_load(module: str, loaded: dict[str, list[str]]) -> None:
     # What torch, transformers and peft load by themselves is not ours to judge.

@@ -1,0 +1,170 @@
+"""Multiple choice: which of several continuations does a causal LM find most likely?
+
+Per row: whether the right one won ("accuracy") and how sure the model was of the right one
+("log_likelihood", smooth, hence the better guide for an analysis on few rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, suggest
+from .base import (
+    EvalFunction,
+    EvalRowError,
+    at_least_one,
+    batches,
+    fingerprint,
+    first_rows,
+    pad_id,
+)
+from .forward import eval_mode, last_logits
+from .rows import MultipleChoiceRow
+
+__all__ = ["Normalize", "multiple_choice"]
+
+Normalize = Literal["none", "tokens", "bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A row as token ids, and what each choice's log-probability is divided by."""
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    answer: int
+    lengths: tuple[int, ...]
+
+
+def multiple_choice(
+    rows: Sequence[MultipleChoiceRow],
+    tokenizer: Any,
+    *,
+    batch_size: int = 16,
+    max_rows: int | None = None,
+    normalize: Normalize = "none",
+) -> EvalFunction:
+    """Build an eval function that scores a causal LM on multiple-choice rows.
+
+    A choice's log-probability is the sum over its tokens, given the prompt. Rows are tokenised
+    here, once. If every choice is one token, one forward pass per batch answers all choices.
+    The model's mode, config and the random states are as before after a call.
+
+    Args:
+        rows: The questions.
+        tokenizer: A Hugging Face tokenizer that fits the model.
+        batch_size: Sequences per forward pass (a sequence is a prompt, or a prompt with one
+            of its choices if choices have several tokens).
+        max_rows: Use only the first so many rows; None uses all.
+        normalize: What choices are compared by: "none", their log-probability; "tokens", that
+            per token; "bytes", that per UTF-8 byte of the choice's text, so that long answers
+            are not at a disadvantage and tokenizers compare (lm-evaluation-harness' acc_norm).
+
+    Returns:
+        `eval_fn(model) -> {"accuracy": ..., "log_likelihood": ...}`: two float32 vectors on the
+        CPU, one entry per row, in the order of `rows`. Accuracy is 0 or 1; log_likelihood is the
+        natural log of the right choice's share among the choices (0 is best), which are weighted
+        by exp(what they are compared by).
+
+    Raises:
+        EvalRowError: If there are no rows, or two choices of a row have the same tokens.
+        ConfigError: If an option has a value that is not allowed.
+    """
+    at_least_one(batch_size=batch_size)
+    if normalize not in get_args(Normalize):
+        hint = suggest(str(normalize), get_args(Normalize))
+        raise ConfigError(f"normalize is {normalize!r}, which is not known.{hint}")
+    kept = first_rows("multiple_choice", rows, MultipleChoiceRow, max_rows)
+    tokens = [_tokenise(row, tokenizer, normalize) for row in kept]
+    answers = torch.tensor([row.answer for row in tokens])
+    pad = pad_id(tokenizer)
+    single = all(len(choice) == 1 for row in tokens for choice in row.choices)
+    score = _score_single if single else _score_several
+
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        with torch.no_grad(), eval_mode(model):
+            table = score(model, tokens, batch_size, pad)
+        log_probs = table.log_softmax(dim=1)
+        right = log_probs.gather(1, answers[:, None]).squeeze(1)
+        hits = log_probs.argmax(dim=1) == answers
+        return {"accuracy": hits.float(), "log_likelihood": right.float()}
+
+    name = "multiple_choice"
+    return EvalFunction(name, len(kept), fingerprint(name, rows=tokens, batch=batch_size), run)
+
+
+def _tokenise(row: MultipleChoiceRow, tokenizer: Any, normalize: Normalize) -> _Tokens:
+    prompt = list(tokenizer(row.prompt)["input_ids"])
+    eos = tokenizer.eos_token_id
+    if len(prompt) > 1 and prompt[-1] == eos:  # some tokenizers close every text
+        prompt.pop()
+    if not prompt:
+        raise EvalRowError(f"the tokenizer gives no token for the prompt {row.prompt!r}")
+    choices = tuple(_choice_ids(row.prompt, prompt, choice, tokenizer) for choice in row.choices)
+    if not all(choices) or len(set(choices)) < len(choices):
+        raise EvalRowError(
+            f"the choices {row.choices!r} of the prompt {row.prompt!r} must differ as tokens, "
+            f"got {choices!r}; use other texts for the choices"
+        )
+    lengths = {
+        "none": tuple(1 for _ in choices),
+        "tokens": tuple(map(len, choices)),
+        "bytes": tuple(len(text.encode()) for text in row.choices),
+    }
+    return _Tokens(tuple(prompt), choices, row.answer, lengths[normalize])
+
+
+def _choice_ids(text: str, prompt: list[int], choice: str, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of `choice` after the prompt; on its own if the joined text tokenises apart."""
+    joined = list(tokenizer(text + choice)["input_ids"])
+    if len(joined) > 1 and joined[-1] == tokenizer.eos_token_id:
+        joined.pop()
+    if len(joined) > len(prompt) and joined[: len(prompt)] == prompt:
+        return tuple(joined[len(prompt) :])
+    return tuple(tokenizer(choice, add_special_tokens=False)["input_ids"])
+
+
+def _score_single(model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pad: int) -> Tensor:
+    """What choices of one token are compared by, (rows, choices); missing choices are -inf.
+
+    Undivided, logits do as well as log-probabilities: they differ by one number per row.
+    """
+    table = _empty_table(rows)
+    divided = any(length != 1 for row in rows for length in row.lengths)
+    for batch in batches([len(row.prompt) for row in rows], batch_size):
+        last = last_logits(model, [rows[i].prompt for i in batch], 1, pad)[:, -1]
+        for logits, i in zip(last, batch, strict=True):
+            ids = [choice[0] for choice in rows[i].choices]
+            values = logits.double().log_softmax(dim=-1) if divided else logits
+            lengths = torch.tensor(rows[i].lengths, dtype=torch.float64)
+            table[i, : len(ids)] = values[ids].double().cpu() / lengths
+    return table
+
+
+def _score_several(model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pad: int) -> Tensor:
+    """What choices are compared by, (rows, choices); missing choices are -inf."""
+    table = _empty_table(rows)
+    jobs = [(i, j) for i, row in enumerate(rows) for j in range(len(row.choices))]
+    lengths = [len(rows[i].prompt) + len(rows[i].choices[j]) for i, j in jobs]
+    for indices in batches(lengths, batch_size):
+        batch = [jobs[index] for index in indices]
+        # The last token of a choice predicts nothing we ask for, so it is not put in.
+        inputs = [rows[i].prompt + rows[i].choices[j][:-1] for i, j in batch]
+        keep = max(len(rows[i].choices[j]) for i, j in batch)
+        logits = last_logits(model, inputs, keep, pad)
+        for line, (i, j) in zip(logits, batch, strict=True):
+            ids = torch.tensor(rows[i].choices[j], device=line.device)
+            log_probs = line[-len(ids) :].double().log_softmax(dim=-1)
+            total = log_probs.gather(1, ids[:, None]).sum().cpu()
+            table[i, j] = total / rows[i].lengths[j]
+    return table
+
+
+def _empty_table(rows: Sequence[_Tokens]) -> Tensor:
+    width = max(len(row.choices) for row in rows)
+    return torch.full((len(rows), width), -torch.inf, dtype=torch.float64)
