@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,23 @@ from .combine import Combiner, add_to_weight
 from .errors import ConfigError, PlanError
 from .factors import as_matrix
 from .files import replacing, stream_tensors
-from .plan import MergePlan
 
-__all__ = ["save_checkpoint"]
+__all__ = ["Blocks", "save_checkpoint"]
+
+
+# Gives (rows, delta of those rows) of one module until every row was given.
+Blocks = Callable[[str], Iterable[tuple[slice, Tensor]]]
 
 
 def save_checkpoint(
-    base: str | Path, combiner: Combiner, plan: MergePlan, folder: str | Path
+    base: str | Path, combiner: Combiner, blocks: Blocks, folder: str | Path
 ) -> Path:
     """Write base + merged delta as a full checkpoint, streamed: one tensor in memory at a time.
 
     Args:
         base: folder of the base model (safetensors, one file or shards).
-        combiner: makes the deltas.
-        plan: what to merge.
+        combiner: knows the adapted modules, their kinds and shapes.
+        blocks: makes one module's delta, in any order.
         folder: where to write; config, tokenizer and other small files are copied along.
 
     Raises:
@@ -67,8 +70,7 @@ def save_checkpoint(
                     return value
                 if not value.is_floating_point():
                     raise ConfigError(f"{key!r} is quantised ({value.dtype}); use a plain base.")
-                terms = combiner.terms(plan, module)
-                return add_to_weight(value, combiner.kind(module), combiner.blocks(module, terms))
+                return add_to_weight(value, combiner.kind(module), blocks(module))
 
             layout = {key: (head.get_dtype(), head.get_shape()) for key, head in heads.items()}
             stream_tensors(beside, layout, tensor, metadata)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_check import check
 from .config import HiMergeConfig
 from .cost import Cost
 from .errors import ConfigError, HiMergeError
@@ -34,6 +35,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
 )
+app.command()(check)
 
 Adapters = Annotated[
     list[str], typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")
@@ -92,7 +94,7 @@ def merge(
         )
     if not is_main():  # of several processes that made this merge together
         return
-    result.save(out)
+    result.save(out, sources=folders)
     if merged is not None:
         result.save_merged(base, merged)
     screen = Console()
@@ -245,7 +247,7 @@ def sweep(
     if out is not None:
         config = wanted.config(found.values)
         result = merge_adapters_hi(model, names, eval_fns, config=config, journal=journal)
-        result.save(out)
+        result.save(out, sources=wanted.adapters)
         screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
 
 

@@ -38,6 +38,14 @@ __all__ = [
 ]
 
 WEIGHTS = "adapter_model.safetensors"
+# Fields that PEFT has had for years. Any other is written only if it is set: PEFT before 0.14 fails
+# on a field it does not know.
+_LASTING = frozenset(
+    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode r "
+    "lora_alpha lora_dropout target_modules fan_in_fan_out bias use_rslora use_dora "
+    "modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern "
+    "alpha_pattern".split()
+)
 
 
 def approximate(combiner: Combiner, plan: MergePlan, rank: Rank) -> dict[str, LowRank]:
@@ -213,7 +221,12 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
     with replacing(target / WEIGHTS) as beside:
         save_file(tensors, str(beside), metadata={"format": "pt"})
         (target / "adapter_config.json").unlink(missing_ok=True)  # weights are whole by now
-    fields = model.peft_config[name].to_dict()
+    usual = LoraConfig().to_dict()
+    fields = {
+        field: value
+        for field, value in model.peft_config[name].to_dict().items()
+        if field in _LASTING or value != usual.get(field)
+    }
     text = json.dumps(fields, indent=2, sort_keys=True, default=_plain)
     write_text(target / "adapter_config.json", text + "\n")
     return target

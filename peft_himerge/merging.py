@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from . import export, files
+from . import card, checkpoint, export, files
 from .carried import fill
 from .combine import Combiner
 from .errors import AdapterError, ConfigError, suggest
@@ -26,6 +26,7 @@ from .lowrank import LowRank, Rank, low_rank_of_dense, low_rank_of_product
 from .methods.depth import Lines
 from .methods.registry import MethodInfo, describe, get_method
 from .methods.stack import Delta, Factored, Stack
+from .overwrite import taking_over
 from .probe import Probe, preserved
 from .request import (
     Request,
@@ -38,8 +39,9 @@ from .request import (
     prepare,
 )
 from .result import ModuleError
+from .spool import waiting
 
-__all__ = ["AdapterMerge", "merge_adapters", "run", "take_out"]
+__all__ = ["AdapterMerge", "merge_adapters", "run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,7 @@ class AdapterMerge:
     seconds: float
     _deltas: Callable[[], Iterator[tuple[str, Delta]]] = field(repr=False)
     _sources: Mapping[str, tuple[Adapter, int]] = field(repr=False)
+    _carried: Mapping[str, Any] = field(repr=False)
 
     @property
     def export_error(self) -> float:
@@ -91,12 +94,7 @@ class AdapterMerge:
         Raises:
             AdapterError: no adapter changes that module, or a source's weights have changed since.
         """
-        for name, (adapter, version) in self._sources.items():
-            if adapter.version() != version:
-                raise AdapterError(
-                    f"the weights of adapter {name!r} changed since the merge. Merge again, or "
-                    f"keep a copy of the adapter."
-                )
+        self._check_sources()
         for found, delta in self._deltas():
             if found == module:
                 return delta.dense()
@@ -104,15 +102,61 @@ class AdapterMerge:
             f"no module {module!r}.{suggest(module, [m.module for m in self.modules])}"
         )
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the merged adapter in PEFT's layout and report.json; return the folder.
+    def _check_sources(self) -> None:
+        for name, (adapter, version) in self._sources.items():
+            if adapter.version() != version:
+                raise AdapterError(
+                    f"the weights of adapter {name!r} changed since the merge. Merge again, or "
+                    f"keep a copy of the adapter."
+                )
 
-        Load it with ``PeftModel.from_pretrained(base, folder)``.
+    def save(self, folder: str | Path, *, sources: Mapping[str, str | Path] | None = None) -> Path:
+        """Write the merged adapter in PEFT's layout, report.json and the model card README.md.
+
+        Args:
+            folder: created if it is not there; files of these names are replaced.
+            sources: adapter -> folder it was loaded from, as far as you like: licences that their
+                model cards name go into ours.
+
+        Returns:
+            The folder. Load it with ``PeftModel.from_pretrained(base, folder)``.
+
+        Raises:
+            ConfigError: `sources` names another adapter.
         """
+        licences = card.licences_of(sources, self._sources)
         target = Path(folder)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, default=str)
+        facts = self.to_dict()
+        text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
         files.write_text(target / "report.json", text + "\n")
+        base = self.model.peft_config[self.adapter_name].base_model_name_or_path
+        files.write_text(target / "README.md", card.render_card(facts, base, licences))
         return export.save_adapter(self.model, self.adapter_name, target)
+
+    def save_merged(self, base: str | Path, folder: str | Path) -> Path:
+        """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
+
+        The method runs once more. Deltas that are no product of thin factors wait on disk, beside
+        the checkpoint, for their turn.
+
+        Raises:
+            ConfigError: the adapter also holds what is no delta (saved modules, trained tokens,
+                biases), or `base` is no plain checkpoint.
+            AdapterError: a source's weights have changed since the merge.
+            PlanError: `base` is not the adapters' base.
+        """
+        self._check_sources()
+        if self._carried:
+            raise ConfigError(
+                f"the merged adapter also holds {', '.join(self._carried)}, which are no deltas of "
+                f"base weights. Use model.merge_and_unload() for them."
+            )
+        combiner = Combiner([adapter for adapter, _ in self._sources.values()])
+        parent = Path(folder).absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent) as spool:
+            blocks = waiting(self._deltas, spool)
+            return checkpoint.save_checkpoint(base, combiner, blocks, folder)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the merge as plain JSON values; the content of report.json."""
@@ -245,23 +289,21 @@ def run(
     gradients.
     """
     combiner = Combiner(request.adapters)
-    with preserved(model):
+    with taking_over(model, adapter_name) as made, preserved(model):
         probe = Probe(model, combiner)  # refuses deltas that don't fit the base's weights
         with torch.no_grad():
             if evidence is not None:
                 request = request.fit(evidence(probe))
             parts = _compressed(request)
-        if adapter_name in model.peft_config:
-            take_out(model, adapter_name)
         rank = export.add_adapter(
             model,
-            adapter_name,
+            made,
             combiner,
             parts,
             least_rank=request.least_rank,
             settings=request.carried.settings,
         )
-        fill(model, adapter_name, request.carried)
+        fill(model, made, request.carried)
     return AdapterMerge(
         adapter_name=adapter_name,
         model=model,
@@ -277,15 +319,8 @@ def run(
         seconds=time.perf_counter() - start,
         _deltas=_exact(request),
         _sources={a.name: (a, a.version()) for a in request.adapters},
+        _carried=request.carried.settings,
     )
-
-
-def take_out(model: PeftModel, name: str) -> None:
-    """Delete an adapter whose name is about to be given to another."""
-    with warnings.catch_warnings():
-        # PEFT makes another adapter active; `preserved` makes the new one active again.
-        warnings.filterwarnings("ignore", message=".* was active which is now deleted")
-        model.delete_adapter(name)
 
 
 def _compressed(request: Request) -> dict[str, LowRank]:

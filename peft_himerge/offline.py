@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import export, files, report
+from . import card, export, files, report
 from .adapters import common_base
 from .combine import Combiner
 from .config import HiMergeConfig
@@ -132,7 +132,8 @@ def merge_folders(
         plan = combiner.plan(edits, prune_scope=config.prune_scope)
     else:
         combiner.check(plan)
-    return _write(combiner, plan, config, target, adapter_name, start)
+    licences = card.licences_of(adapters, adapters)
+    return _write(combiner, plan, config, target, adapter_name, licences, start)
 
 
 def _check_arguments(
@@ -190,6 +191,7 @@ def _write(
     config: HiMergeConfig,
     target: Path,
     adapter_name: str,
+    licences: Mapping[str, str],
     start: float,
 ) -> FolderMerge:
     parent = target.absolute().parent
@@ -210,8 +212,8 @@ def _write(
         text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
         files.write_text(beside / "report.json", text + "\n")
         files.write_text(beside / "report.md", report.render_markdown(facts))
-        card = report.render_card(facts, fields["base_model_name_or_path"])
-        files.write_text(beside / "README.md", card)
+        text = card.render_card(facts, fields["base_model_name_or_path"], licences)
+        files.write_text(beside / "README.md", text)
         _put_in_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,16 +1,14 @@
-"""The story of a merge for readers: markdown, a model card, plain records. Pictures no state."""
+"""The story of a merge for readers: markdown, plain records. Pictures no state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from .conflict import ConflictKind, Resolution
 from .plan import IDENTITY, Edit
 
-__all__ = ["conflict_record", "describe_edit", "render_card", "render_markdown", "score_rows"]
+__all__ = ["conflict_record", "describe_edit", "markdown_table", "render_markdown", "score_rows"]
 
 
 def describe_edit(resolution: Resolution) -> str:
@@ -69,7 +67,9 @@ def score_rows(
     return ["state", *tasks, "mean"], rows
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in markdown."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
@@ -81,14 +81,20 @@ def render_markdown(facts: Mapping[str, Any]) -> str:
     plan = facts["plan"]
     parts = [f"# Merge report: {facts['adapter_name']}"]
     if facts["scores"]:
-        parts += ["## Scores", _table(*score_rows(facts["scores"], facts["standard_errors"]))]
+        parts += [
+            "## Scores",
+            markdown_table(*score_rows(facts["scores"], facts["standard_errors"])),
+        ]
     edits = [[name, f"{e['density']:g}", f"{e['scale']:g}"] for name, e in plan["adapters"].items()]
-    parts += ["## Model-wise step", _table(["adapter", "density", "scale"], edits)]
+    parts += ["## Model-wise step", markdown_table(["adapter", "density", "scale"], edits)]
     if facts["conflicts"]:
         rows = [
             [c["layer"], c["kind"], f"{c['Gamma']:+.4f}", c["done"]] for c in facts["conflicts"]
         ]
-        parts += ["## Layers, worst first", _table(["layer", "kind", "Gamma", "done"], rows)]
+        parts += [
+            "## Layers, worst first",
+            markdown_table(["layer", "kind", "Gamma", "done"], rows),
+        ]
     if facts["contributions"]:
         keys = ("alpha_alone", "beta_alone", "alpha_merged", "beta_merged", "gamma")
         rows = []
@@ -97,7 +103,7 @@ def render_markdown(facts: Mapping[str, Any]) -> str:
             cells = [f"{row[key]:+.4f}" for key in keys]
             cells[-1] += f" ± {se:.4f}" if se is not None else ""
             rows.append([row["layer"], row["task"], *cells])
-        parts += ["## Contributions", _table(["layer", "task", *keys], rows)]
+        parts += ["## Contributions", markdown_table(["layer", "task", *keys], rows)]
     export, cost = facts["export"], facts["cost"]
     drop = export["drop"]
     lost = "not scored" if drop is None else f"mean score lost by export {drop:+.4f}"
@@ -109,22 +115,3 @@ def render_markdown(facts: Mapping[str, Any]) -> str:
         f"`{plan['fingerprint'][:16]}`.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def render_card(facts: Mapping[str, Any], base: str | None) -> str:
-    """Return the model card of the merged adapter, with its metadata block."""
-    data = ModelCardData(
-        base_model=base,
-        library_name="peft",
-        tags=["peft", "lora", "merge", "hi-merging"],
-    )
-    sources = "\n".join(
-        f"- `{name}`, digest `{digest[:16]}`" for name, digest in facts["plan"]["sources"].items()
-    )
-    intro = (
-        f"# {facts['adapter_name']}\n\nA LoRA adapter merged from\n\n{sources}\n\nby Hi-Merging "
-        f"([arXiv 2506.12379](https://arxiv.org/abs/2506.12379)) with `peft_himerge`, without "
-        f"training or training data. `plan.json` holds every decision and rebuilds it."
-    )
-    story = render_markdown(facts).split("\n", 1)[1]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{intro}\n{story}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel
 from torch import Tensor
 
-from . import checkpoint, export, files, report
+from . import card, checkpoint, export, files, report
 from .combine import Combiner
 from .conflict import Resolution
 from .contribution import Contributions
@@ -121,15 +121,21 @@ class MergeResult:
                 )
         return self._combiner
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, sources: Mapping[str, str | Path] | None = None) -> Path:
         """Write the merged adapter in PEFT's layout, plan.json, report.json, report.md, README.md.
 
         Args:
             folder: created if it is not there; files of these names are replaced.
+            sources: adapter -> folder it was loaded from, as far as you like: licences that their
+                model cards name go into ours.
 
         Returns:
             The folder. Load it with ``PeftModel.from_pretrained(base, folder)``.
+
+        Raises:
+            ConfigError: `sources` names another adapter.
         """
+        licences = card.licences_of(sources, self.plan.sources)
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         files.write_text(target / "plan.json", self.plan.to_json())
@@ -138,7 +144,7 @@ class MergeResult:
         files.write_text(target / "report.json", text + "\n")
         files.write_text(target / "report.md", report.render_markdown(facts))
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        files.write_text(target / "README.md", report.render_card(facts, base))
+        files.write_text(target / "README.md", card.render_card(facts, base, licences))
         return export.save_adapter(self.model, self.adapter_name, target)
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
@@ -146,7 +152,12 @@ class MergeResult:
 
         Nothing is approximated here, so a pruned merge scores as `scores["merged"]`.
         """
-        return checkpoint.save_checkpoint(base, self._unchanged(), self.plan, folder)
+        combiner = self._unchanged()
+
+        def blocks(module: str) -> Iterator[tuple[slice, Tensor]]:
+            return combiner.blocks(module, combiner.terms(self.plan, module))
+
+        return checkpoint.save_checkpoint(base, combiner, blocks, folder)
 
     def merge_into_model(self) -> None:
         """Add the exact merged delta to the live model's base weights, for good.

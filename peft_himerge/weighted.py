@@ -21,8 +21,9 @@ from .adapters import check_config
 from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
 from .lowrank import LowRank, low_rank_of_product
-from .merging import AdapterMerge, run, take_out
+from .merging import AdapterMerge, run
 from .methods.registry import MethodInfo, get_method, list_methods
+from .overwrite import taking_over
 from .probe import preserved
 from .request import check_names, check_weights, prepare
 
@@ -136,9 +137,12 @@ def add_weighted_adapter(
     )
     if compat is None:
         return run(owner, adapter_name, request, start)
-    own = partial(_PEFT_OWN, owner.base_model, names, list(of.values()), adapter_name)
     numbers = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
-    _as_peft_does(owner, adapter_name, partial(own, combination_type, *numbers), seed)
+
+    def own(made: str) -> None:
+        _PEFT_OWN(owner.base_model, names, list(of.values()), made, combination_type, *numbers)
+
+    _as_peft_does(owner, adapter_name, own, seed)
     return None
 
 
@@ -271,15 +275,10 @@ def _singular(part: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return part.b / part.b.norm(dim=0), part.a / part.a.norm(dim=1)[:, None], sizes
 
 
-def _as_peft_does(model: PeftModel, adapter_name: str, own: Callable[[], None], seed: int) -> None:
+def _as_peft_does(
+    model: PeftModel, adapter_name: str, own: Callable[[str], None], seed: int
+) -> None:
     """Run PEFT's own method; put back all that it moves."""
-    with preserved(model):
+    with taking_over(model, adapter_name) as made, preserved(model):
         torch.manual_seed(seed)
-        if adapter_name in model.peft_config:
-            take_out(model, adapter_name)
-        try:
-            own()
-        except BaseException:
-            if adapter_name in model.peft_config:
-                model.delete_adapter(adapter_name)
-            raise
+        own(made)

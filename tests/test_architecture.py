@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "threads": {"errors"},
     "files": {"errors"},
     "names": {"errors"},
+    "portable": {"errors"},
     "randomness": {"errors"},
     "processes": {"errors"},
     "factors": {"errors", "threads"},
@@ -47,6 +48,7 @@ ROOMS: dict[str, set[str]] = {
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
     "events": {"conflict", "contribution", "plan", "scoring"},
     "report": {"conflict", "contribution", "plan", "scoring"},
+    "card": {"errors", "report"},
     "lowrank": {"combine", "errors", "factors", "threads"},
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
     "probe": {
@@ -57,7 +59,7 @@ ROOMS: dict[str, set[str]] = {
     "progress": {"events"},
     "tables": {"report", "result"},
     "export": {"adapters", "combine", "errors", "files", "lowrank", "plan", "threads"},
-    "checkpoint": {"combine", "errors", "factors", "files", "plan"},
+    "checkpoint": {"combine", "errors", "factors", "files"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
         "threads",
@@ -69,7 +71,7 @@ ROOMS: dict[str, set[str]] = {
     # floor 6: what the user gets back
     "preview": {"blocks", "combine", "config", "cost", "errors", "folders", "layers"},
     "result": {
-        *("checkpoint", "files"),
+        *("card", "checkpoint", "files"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
         *("scoring", "search"),
     },
@@ -86,16 +88,19 @@ ROOMS: dict[str, set[str]] = {
     },
     # the other methods: the drop-in for PEFT's own, and the registry's way into a model
     "carried": {"adapters", "errors", "factors"},
+    "overwrite": {"probe"},
     "request": {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
+    "spool": {"checkpoint", "methods"},
     "merging": {
-        "files",
+        *("card", "checkpoint", "files", "overwrite", "spool"),
         *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
         *("methods", "plan", "probe", "request", "result"),
     },
     "weighted": {
+        "overwrite",
         *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
         *("probe", "request", "result"),
     },
@@ -114,7 +119,7 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "tracking", "training"),
     },
     "offline": {
-        "files",
+        *("card", "files"),
         *("adapters", "combine", "config", "errors", "export", "factors", "folders", "lowrank"),
         *("plan", "report", "result"),
     },
@@ -126,7 +131,9 @@ ROOMS: dict[str, set[str]] = {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
         *("request", "result", "tracking", "weighted"),
     },
+    "cli_check": {"errors", "portable"},
     "cli": {
+        "cli_check",
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
         *("preview", "processes", "sweep", "tables"),
@@ -144,6 +151,8 @@ TYPES_ONLY = {
 
 NO_TORCH = {
     "names",
+    "card",
+    "portable",
     "errors",
     "plan",
     "layers",
@@ -160,7 +169,17 @@ NO_TORCH = {
 }
 MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("carried", "merging", "offline", "request", "result", "rounds", "sweep", "training"),
+    *(
+        "carried",
+        "merging",
+        "overwrite",
+        "offline",
+        "request",
+        "result",
+        "rounds",
+        "sweep",
+        "training",
+    ),
     "weighted",
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
@@ -182,13 +201,15 @@ DOORS: dict[str, set[str]] = {
         "training",
         "preview",
     },
-    "safetensors": {"adapters", "checkpoint", "demo", "evals", "export", "folders", "methods"},
+    "safetensors": {
+        *("adapters", "checkpoint", "demo", "evals", "export", "folders", "methods", "portable"),
+    },
     "accelerate": {"identity", "processes", "rounds", "training"},
-    "huggingface_hub": {"report"},
+    "huggingface_hub": {"card"},
     "pydantic": {"config"},
     "psutil": {"probe"},
     "optuna": {"sweep"},
-    "yaml": {"sweep"},
+    "yaml": {"card", "sweep"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
     "evaluate": {"evals"},
@@ -197,8 +218,8 @@ DOORS: dict[str, set[str]] = {
     "sacrebleu": {"evals"},
     "scipy": {"evals"},
     "tqdm": {"evals"},
-    "typer": {"cli"},
-    "rich": {"cli", "demo", "progress", "tables"},
+    "typer": {"cli", "cli_check"},
+    "rich": {"cli", "cli_check", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},
     "babel": {"demo"},

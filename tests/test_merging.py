@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from snapshot import moved, run_python, snapshot
 from tiny import NAMES, add_adapters, default_specs, peft_model, tiny_model
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from peft_himerge.errors import AdapterError, ConfigError, HiMergeError
 from peft_himerge.merging import AdapterMerge, merge_adapters
@@ -226,10 +228,91 @@ def test_the_folder_holds_the_adapter_and_the_story(tmp_path: Path) -> None:
     assert report["options"] == {"density": 0.4, "lam": 1.0, "scope": "model", "merge": "count"}
     assert report["weights"] == {"zh": 1.0, "en": 0.5}
     assert set(report["sources"]) == {"zh", "en"}
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.tags == ["peft", "lora", "merge", "ties"]
+    assert card.data.base_model is None
+    assert "| density | 0.4 |" in card.text
+    assert "| en | 0.5 |" in card.text
+    assert "(https://arxiv.org/abs/2306.01708)" in card.text
+    for name, digest in report["sources"].items():
+        assert f"`{name}`, digest `{digest[:16]}`" in card.text
     reloaded = PeftModel.from_pretrained(tiny_model("llama", dtype=torch.float32), folder).eval()
     model.set_adapter("merged")
     ids = torch.arange(16).reshape(2, 8)
     torch.testing.assert_close(reloaded(ids).logits, model(ids).logits)
+
+
+def test_licences_of_the_sources_go_into_the_card(tmp_path: Path) -> None:
+    model = peft_model("llama", 2, torch.float32)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = "org/base"
+    result = merge_adapters(model, PAIR, "cat")
+    folders = {name: tmp_path / name for name in PAIR}
+
+    def card(**heads: str) -> ModelCard:
+        for name, head in heads.items():
+            folders[name].mkdir(exist_ok=True)
+            (folders[name] / "README.md").write_text(f"---\n{head}\n---\ntext", encoding="utf-8")
+        return ModelCard.load(result.save(tmp_path / "out", sources=folders) / "README.md")
+
+    assert card().data.license is None  # no folder yet, so no card
+    alike = card(zh="license: mit", en="license: mit")
+    assert (alike.data.license, alike.data.base_model) == ("mit", "org/base")
+    assert alike.data.base_model_relation == "adapter"
+    apart = card(en="license: other\nlicense_name: house")
+    assert apart.data.license is None
+    assert "`zh`, digest" in apart.text
+    assert ", licence mit" in apart.text
+    assert ", licence house" in apart.text
+    assert "cannot be read" in card(en="license: [").text
+    assert card(en="tags: [x]").data.license is None
+    with pytest.raises(ConfigError, match="Did you mean 'zh'"):
+        result.save(tmp_path / "out", sources={"z": tmp_path})
+
+
+def test_a_local_base_is_not_put_into_the_metadata(tmp_path: Path) -> None:
+    model = peft_model("llama", 2, torch.float32)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = "/home/me/base"
+    folder = merge_adapters(model, PAIR, "cat").save(tmp_path)
+    assert ModelCard.load(folder / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize("method", ["ties", "cat"])
+def test_the_full_checkpoint_holds_the_exact_merge(method: str, tmp_path: Path) -> None:
+    """TIES deltas wait on disk, those of `cat` are products; neither is cut to a rank."""
+    model = peft_model("llama", 2, torch.float32)
+    tiny_model("llama").save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    before = snapshot(model)
+    result = merge_adapters(model, PAIR, method, rank=1)
+    result.save_merged(tmp_path / "base", tmp_path / "full")
+    assert moved(before, snapshot(model, but="merged")) == []
+    full = LlamaForCausalLM.from_pretrained(tmp_path / "full").state_dict()
+    for key, weight in tiny_model("llama").state_dict().items():
+        module = key.removesuffix(".weight")
+        adds = module in {m.module for m in result.modules}
+        want = weight + result.delta(module) if adds else weight
+        torch.testing.assert_close(full[key], want, rtol=1e-6, atol=1e-6)
+        assert adds or torch.equal(full[key], weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "full"]
+
+
+def test_no_full_checkpoint_of_what_is_no_delta(tmp_path: Path) -> None:
+    base = tiny_model("llama", dtype=torch.float32)
+    specs = {"zh": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}}
+    model = add_adapters(base, specs)
+    result = merge_adapters(model, ["zh"], "cat", modules_to_save="sole")
+    with pytest.raises(ConfigError, match="modules_to_save"):
+        result.save_merged(tmp_path / "base", tmp_path / "full")
+    plain = merge_adapters(peft_model("llama", 2, torch.float32), PAIR, "cat")
+    with pytest.raises(ConfigError, match="holds no"):
+        plain.save_merged(tmp_path, tmp_path / "full")
+    with torch.no_grad():
+        part = plain.model.base_model.model.model.layers[0].self_attn.q_proj
+        part.lora_A["zh"].weight.mul_(2)
+    with pytest.raises(AdapterError, match="changed since the merge"):
+        plain.save_merged(tmp_path, tmp_path / "full")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_exact_delta_is_refused_once_a_source_has_changed() -> None:

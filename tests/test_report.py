@@ -11,12 +11,12 @@ import tiny
 import torch
 
 from peft_himerge import Edit, HiMergeConfig, MergeResult, merge_adapters_hi
+from peft_himerge.card import render_card
 from peft_himerge.conflict import Conflict, ConflictKind, Resolution
 from peft_himerge.plan import DROP, IDENTITY
 from peft_himerge.report import (
     conflict_record,
     describe_edit,
-    render_card,
     render_markdown,
     score_rows,
 )

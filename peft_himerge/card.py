@@ -1,0 +1,112 @@
+"""The model card of a merged adapter: base, method, sources and their licences."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from yaml import YAMLError
+
+from .errors import ConfigError, suggest
+from .report import markdown_table, render_markdown
+
+__all__ = ["licences_of", "render_card"]
+
+_HI = ("Hi-Merging", "https://arxiv.org/abs/2506.12379")
+_UNREADABLE = "unknown (its model card cannot be read)"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def licences_of(
+    folders: Mapping[str, str | Path] | None, names: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return adapter -> licence, for the folders whose model card (README.md) names one.
+
+    Args:
+        folders: adapter -> folder or card it came from; None reads nothing.
+        names: the merged adapters.
+
+    Raises:
+        ConfigError: a name is no merged adapter.
+    """
+    found = {}
+    for name, folder in (folders or {}).items():
+        if name not in names:
+            raise ConfigError(f"sources names {name!r}.{suggest(str(name), names)}")
+        card = Path(folder) / "README.md" if Path(folder).is_dir() else Path(folder)
+        if not card.exists():
+            continue
+        try:
+            fields = metadata_load(card) or {}
+        except (ValueError, YAMLError):  # a merge of hours is not lost over a comma
+            found[name] = _UNREADABLE
+            continue
+        licence = fields.get("license")
+        if licence == "other":
+            licence = fields.get("license_name") or licence
+        if licence:
+            found[name] = ", ".join(licence) if isinstance(licence, list) else str(licence)
+    return found
+
+
+def render_card(
+    facts: Mapping[str, Any], base: str | None, licences: Mapping[str, str] | None = None
+) -> str:
+    """Return the model card of a merged adapter, with its metadata block.
+
+    Args:
+        facts: of `MergeResult.to_dict`, `FolderMerge.to_dict` or `AdapterMerge.to_dict`.
+        base: the base model's name; a path of this machine is not put into the metadata.
+        licences: adapter -> licence, as far as they are known. If every source has the same one,
+            it is the card's; what else it is to be is not for a program to say.
+    """
+    method = facts.get("method")
+    title, url = (method["title"], method["url"]) if method else _HI
+    sources = facts["sources"] if method else facts["plan"]["sources"]
+    licences = licences or {}
+    known = {name: licence for name, licence in licences.items() if licence != _UNREADABLE}
+    common = set(known.values()) if set(known) >= set(sources) else set()
+    on_hub = base is not None and _HUB_NAME.fullmatch(base) is not None
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        license=common.pop() if len(common) == 1 else None,
+        library_name="peft",
+        tags=["peft", "lora", "merge", method["name"] if method else "hi-merging"],
+    )
+    text = f"# {facts['adapter_name']}\n\nA LoRA adapter merged from\n\n"
+    text += "\n".join(_source(name, digest, licences) for name, digest in sources.items())
+    text += f"\n\nby {title}" + (f" ([paper]({url}))" if url else "")
+    text += " with `peft_himerge`, without training or training data. "
+    if method:
+        story = "`report.json` holds every number.\n\n" + _method_story(facts)
+    else:
+        story = "`plan.json` holds every decision and rebuilds it.\n"
+        story += render_markdown(facts).split("\n", 1)[1]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{story}"))
+
+
+def _source(name: str, digest: str, licences: Mapping[str, str]) -> str:
+    licence = f", licence {licences[name]}" if name in licences else ""
+    return f"- `{name}`, digest `{digest[:16]}`{licence}"
+
+
+def _method_story(facts: Mapping[str, Any]) -> str:
+    method, export = facts["method"], facts["export"]
+    weights = [[name, f"{value:g}"] for name, value in facts["weights"].items()]
+    given = {**facts["options"], "space": facts["space"], "seed": facts["seed"]}
+    options = [[key, json.dumps(value, default=str)] for key, value in given.items()]
+    parts = [
+        "## Method",
+        f"`{method['name']}`, after {method['variant']}, on the true deltas scaling * B @ A.",
+        markdown_table(["adapter", "weight"], weights),
+        markdown_table(["option", "value"], options),
+        "## Export",
+        f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}.",
+        *(f"- {note}" for note in facts["notes"]),
+    ]
+    return "\n\n".join(parts) + "\n"
