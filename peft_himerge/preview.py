@@ -14,8 +14,8 @@ from .blocks import find_blocks
 from .combine import Combiner
 from .config import HiMergeConfig
 from .cost import Cost, estimate
-from .errors import AdapterError, ConfigError
-from .folders import read_folder
+from .errors import AdapterError
+from .folders import check_base, read_folder
 from .layers import OUTSIDE
 
 __all__ = ["Preview", "preview"]
@@ -44,6 +44,8 @@ def preview(
     adapters: Mapping[str, str | Path],
     config: HiMergeConfig,
     guards: Sequence[str] = (),
+    *,
+    bodies: bool = False,
 ) -> Preview:
     """Return what `merge_adapters_hi` would cost for adapters in folders.
 
@@ -53,13 +55,14 @@ def preview(
         adapters: adapter name -> its folder.
         config: the options of the merge.
         guards: names of further tasks.
+        bodies: pass over saved modules, as `load_peft_model` does.
 
     Raises:
         ConfigError: `base` is no folder of a model, or an option names other adapters.
         AdapterError: an adapter cannot be read, or does not fit the base model.
     """
     config.check_names(list(adapters), [*adapters, *guards])
-    read = [read_folder(name, folder) for name, folder in adapters.items()]
+    read = [read_folder(name, folder, body=bodies) for name, folder in adapters.items()]
     combiner = Combiner(read)
     order = [layer.label for layer in combiner.in_order()]
     if base is not None:
@@ -72,8 +75,7 @@ def preview(
 
 def _skeleton(base: Path) -> nn.Module:
     """Return the base model's modules without weights."""
-    if not (base / "config.json").is_file():
-        raise ConfigError(f"--base {str(base)!r} has no config.json: not a model folder.")
+    check_base(base)
     settings = transformers.AutoConfig.from_pretrained(base)
     named = [getattr(transformers, name, None) for name in settings.architectures or ()]
     with torch.device("meta"):

@@ -126,14 +126,22 @@ ROOMS: dict[str, set[str]] = {
     "sweep": {
         *("config", "errors", "events", "hi", "probe", "result", "scoring", "tracking"),
     },
+    "recipe": {
+        *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
+        *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
+        *("processes", "report", "request", "result", "scoring", "tracking"),
+    },
     # floor 9: front doors
     "__init__": {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
         *("request", "result", "tracking", "weighted"),
     },
     "cli_check": {"errors", "portable"},
+    "cli_recipe": {
+        *("errors", "offline", "processes", "progress", "recipe", "result", "tables"),
+    },
     "cli": {
-        "cli_check",
+        *("cli_check", "cli_recipe", "recipe"),
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
         *("preview", "processes", "sweep", "tables"),
@@ -180,7 +188,7 @@ MODELS = {
         "sweep",
         "training",
     ),
-    "weighted",
+    *("recipe", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -206,10 +214,10 @@ DOORS: dict[str, set[str]] = {
     },
     "accelerate": {"identity", "processes", "rounds", "training"},
     "huggingface_hub": {"card"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "recipe"},
     "psutil": {"probe"},
     "optuna": {"sweep"},
-    "yaml": {"card", "sweep"},
+    "yaml": {"card", "recipe", "sweep"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
     "evaluate": {"evals"},
@@ -218,8 +226,8 @@ DOORS: dict[str, set[str]] = {
     "sacrebleu": {"evals"},
     "scipy": {"evals"},
     "tqdm": {"evals"},
-    "typer": {"cli", "cli_check"},
-    "rich": {"cli", "cli_check", "demo", "progress", "tables"},
+    "typer": {"cli", "cli_check", "cli_recipe"},
+    "rich": {"cli", "cli_check", "cli_recipe", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},
     "babel": {"demo"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ["METRIC", "PREFIX", "Parameter", "Sweep", "read_sweep"]
 
 METRIC = "himerge/best_score"
 PREFIX = "himerge."
-_PLACES = ("base", "adapters", "eval")
+_PLACES = ("base", "adapters", "eval", "recipe")
 _PER_ADAPTER = ("density", "scale")
 _METHODS = ("bayes", "random", "grid")
 _KEYS = (
@@ -64,6 +64,8 @@ class Sweep:
         base: folder of the base model, or None if the file names none.
         adapters: name -> folder.
         evals: Python file that defines eval_fns, or None.
+        recipe: a recipe that says base, adapters, tasks and further options in place of the three
+            above, or None.
         trials: `run_cap`, or None.
     """
 
@@ -73,7 +75,14 @@ class Sweep:
     base: Path | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
     evals: Path | None = None
+    recipe: Path | None = None
     trials: int | None = None
+
+    def within(self, options: Mapping[str, Any]) -> Sweep:
+        """Return the sweep with further fixed options; what it says itself goes first."""
+        own = {name.partition(".")[0] for name in (*self.fixed, *self.space)}
+        further = {name: value for name, value in options.items() if name not in own}
+        return replace(self, fixed={**further, **self.fixed})
 
     def config(self, values: Mapping[str, Any]) -> HiMergeConfig:
         """Return the options of one trial; `values` has the names of `space`."""
@@ -132,6 +141,7 @@ def read_sweep(path: str | Path) -> Sweep:
         base=_beside(file, places["base"]),
         adapters={n: _beside(file, f) for n, f in (places["adapters"] or {}).items()},
         evals=_beside(file, places["eval"]),
+        recipe=_beside(file, places["recipe"]),
         trials=data.get("run_cap"),
     )
     sweep.config({name: _example(entry) for name, entry in space.items()})
