@@ -74,14 +74,24 @@ def merge_recipe(
 ) -> None:
     """Merge by a recipe, and print what came of it."""
     given = [] if out is None else [f"out={json.dumps(str(out.absolute()))}"]
-    examined = examine(read_recipe(path, [*overrides, *given]), evals)
+    examined = _examined(path, [*overrides, *given], evals)
     loud = is_main()
     errors = Console(stderr=True, quiet=not loud)
     _warn(errors, examined)
-    with ProgressBar(errors) as bar:
-        done = run_recipe(examined, [bar])
+    if examined.validation or examined.test:
+        with ProgressBar(errors) as bar:
+            done = run_recipe(examined, [bar])
+    else:
+        done = run_recipe(examined)
     if loud:
         _show(Console(), examined, done)
+
+
+def _examined(path: Path, overrides: Sequence[str], evals: Path | None) -> Examined:
+    examined = examine(read_recipe(path, overrides), evals)
+    if examined.faults:
+        raise RecipeError(path, examined.faults)
+    return examined
 
 
 def _warn(screen: Console, examined: Examined) -> None:
@@ -116,9 +126,7 @@ def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> Exa
     Raises:
         RecipeError: it cannot be run.
     """
-    examined = examine(read_recipe(path, overrides), evals)
-    if examined.faults:
-        raise RecipeError(path, examined.faults)
+    examined = _examined(path, overrides, evals)
     recipe, screen = examined.recipe, Console()
     _warn(Console(stderr=True), examined)
     if examined.cost is None:
@@ -157,14 +165,12 @@ def sweep_recipe(path: Path, evals: Path | None) -> tuple[dict[str, Any], Any, A
         RecipeError: it cannot be run.
         ConfigError: nothing decides its merge, so nothing can be searched.
     """
-    recipe = read_recipe(path)
+    examined = _examined(path, (), evals)
+    recipe = examined.recipe
     if not (recipe.is_hi and recipe.is_scored):
         raise ConfigError(
             f"a sweep needs scores, but no validation data decides the merge of {str(path)!r}."
         )
-    examined = examine(recipe, evals)
-    if examined.faults:
-        raise RecipeError(path, examined.faults)
     eval_fns = {name: task.fn for name, task in examined.validation.items()}
     options = hi_config(recipe).model_dump(exclude_defaults=True)
     return options, load_model(examined), recipe.folders, eval_fns

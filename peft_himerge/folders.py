@@ -21,7 +21,14 @@ from .adapters import check_config, check_values, warn_if_zero
 from .errors import AdapterError, ConfigError
 from .factors import Adapter, Kind, LoraFactors
 
-__all__ = ["check_base", "load_peft_model", "load_tokenizer", "read_folder", "saved_modules"]
+__all__ = [
+    "auto_class",
+    "check_base",
+    "load_peft_model",
+    "load_tokenizer",
+    "read_folder",
+    "saved_modules",
+]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -59,14 +66,10 @@ def load_peft_model(
     source = Path(base)
     check_base(source)
     kinds = {name: _task_type(name, Path(folder)) for name, folder in adapters.items()}
-    if len(set(kinds.values())) != 1:
-        raise AdapterError(f"the adapters have different task types: {kinds}.")
-    task_type = next(iter(kinds.values()))
-    if task_type not in _CLASSES:
-        raise AdapterError(f"task_type {task_type!r} is not known. Allowed: {', '.join(_CLASSES)}.")
+    auto = auto_class(kinds)
     with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn at random
         torch.manual_seed(0)
-        model = getattr(transformers, _CLASSES[task_type]).from_pretrained(source, dtype=dtype)
+        model = auto.from_pretrained(source, dtype=dtype)
     wrapped: PeftModel | None = None
     for name, folder in adapters.items():
         if bodies:
@@ -79,10 +82,35 @@ def load_peft_model(
     return wrapped.eval(), load_tokenizer(source)
 
 
+def auto_class(kinds: Mapping[str, str]) -> Any:
+    """Return the class of transformers that a base is loaded with.
+
+    Args:
+        kinds: adapter -> its task type.
+
+    Raises:
+        AdapterError: they differ, or one is not known.
+    """
+    if len(set(kinds.values())) != 1:
+        raise AdapterError(f"the adapters have different task types: {dict(kinds)}.")
+    task_type = next(iter(kinds.values()))
+    if task_type not in _CLASSES:
+        raise AdapterError(f"task_type {task_type!r} is not known. Allowed: {', '.join(_CLASSES)}.")
+    return getattr(transformers, _CLASSES[task_type])
+
+
 def load_tokenizer(base: str | Path) -> Any:
-    """Return the tokenizer in a model's folder, or None if there is none."""
-    has_one = any(Path(base).glob("tokenizer*"))
-    return transformers.AutoTokenizer.from_pretrained(base) if has_one else None
+    """Return the tokenizer in a model's folder, or None if there is none.
+
+    Raises:
+        ConfigError: there is one, and it cannot be read.
+    """
+    if not any(Path(base).glob("tokenizer*")):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(base)
+    except Exception as exc:  # the tokenizers library raises bare ones
+        raise ConfigError(f"the tokenizer in {str(base)!r} cannot be read: {exc}") from exc
 
 
 def check_base(base: Path) -> None:

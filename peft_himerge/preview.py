@@ -14,8 +14,9 @@ from .blocks import find_blocks
 from .combine import Combiner
 from .config import HiMergeConfig
 from .cost import Cost, estimate
-from .errors import AdapterError
-from .folders import check_base, read_folder
+from .errors import AdapterError, ConfigError
+from .factors import Adapter
+from .folders import auto_class, check_base, read_folder
 from .layers import OUTSIDE
 
 __all__ = ["Preview", "preview"]
@@ -66,21 +67,31 @@ def preview(
     combiner = Combiner(read)
     order = [layer.label for layer in combiner.in_order()]
     if base is not None:
-        order = _all_blocks(_skeleton(Path(base)), combiner, order)
+        order = _all_blocks(_skeleton(Path(base), read), combiner, order)
     zero = tuple(adapter.name for adapter in read if adapter.is_zero)
     own = [name for name in adapters if name not in zero]
     cost = estimate(combiner.table(), own, [*zero, *guards], config, order=order)
     return Preview(cost, sum(label != OUTSIDE for label in order), len(combiner.layers), zero)
 
 
-def _skeleton(base: Path) -> nn.Module:
-    """Return the base model's modules without weights."""
+def _skeleton(base: Path, adapters: Sequence[Adapter]) -> nn.Module:
+    """Return the base model's modules without weights, of the class it is loaded with."""
     check_base(base)
-    settings = transformers.AutoConfig.from_pretrained(base)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as exc:
+        text = f"config.json of the base {str(base)!r} cannot be read: {exc}"
+        raise ConfigError(text) from exc
+    kinds = {a.name: str(a.settings["task_type"]) for a in adapters if a.settings["task_type"]}
     named = [getattr(transformers, name, None) for name in settings.architectures or ()]
     with torch.device("meta"):
-        if named and named[0] is not None:
-            model: nn.Module = named[0](settings)
+        if kinds:
+            try:
+                model: nn.Module = auto_class(kinds).from_config(settings)
+            except ValueError as exc:  # what transformers says of a config without that class
+                raise ConfigError(f"the base {str(base)!r}: {str(exc).splitlines()[0]}") from exc
+        elif named and named[0] is not None:
+            model = named[0](settings)
         else:
             model = transformers.AutoModelForCausalLM.from_config(settings)
     return model

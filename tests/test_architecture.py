@@ -69,7 +69,7 @@ ROOMS: dict[str, set[str]] = {
         *("plan", "probe", "processes", "randomness", "scoring"),
     },
     # floor 6: what the user gets back
-    "preview": {"blocks", "combine", "config", "cost", "errors", "folders", "layers"},
+    "preview": {"blocks", "combine", "config", "cost", "errors", "factors", "folders", "layers"},
     "result": {
         *("card", "checkpoint", "files"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),

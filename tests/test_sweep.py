@@ -340,8 +340,8 @@ def test_sweep_command_with_two_workers_writes_the_best_adapter(
 def test_sweep_command_needs_the_three_places(folders: Path, tmp_path: Path) -> None:
     file = write(tmp_path, "himerge.density: {min: 0.1, max: 1.0}")
     done = himerge(folders, file)
-    assert done.returncode == 1
-    assert "needs himerge.base, himerge.adapters, himerge.eval" in done.stderr
+    assert done.returncode == 2
+    assert "or himerge.base, himerge.adapters, himerge.eval" in done.stderr
 
 
 def test_agent_runs_one_trial_with_the_options_of_the_run(folders: Path, tmp_path: Path) -> None:

@@ -88,6 +88,10 @@ def examine(recipe: Recipe, evals: str | Path | None = None) -> Examined:
             common_base(read)
             _fit(found)
     _tasks(found, evals)
+    for key in ("out", "merged"):
+        given = getattr(recipe, key)
+        if given is not None and recipe.place(given).is_file():
+            found.looks.append(Look(key, "fault", f"{given!r} is a file; give a folder."))
     return found
 
 

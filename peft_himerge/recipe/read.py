@@ -118,7 +118,7 @@ def _fault(error: Any) -> Fault:
     loc = [str(part) for part in error["loc"]]
     if loc[-1] == "[key]":
         text = f"the name {error['input']!r} is no text for YAML; put it in quotes."
-        return Fault(".".join(loc[:-1]), text)
+        return Fault(".".join(loc[:-2]), text)
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         above = ".".join(loc[:-1])

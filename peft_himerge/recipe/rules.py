@@ -21,7 +21,7 @@ from ..methods.spaces import Space
 from ..names import check_new_name
 from ..request import check_pad, check_post, check_weights
 from .faults import Fault
-from .schema import HUB, TaskSpec
+from .schema import BASE, HUB, TaskSpec
 from .tasks import FUNCTION, HARNESS, KINDS, options_of
 
 __all__ = ["SHARED", "check_rules"]
@@ -31,7 +31,7 @@ Table = Mapping[str, Any]
 # Keywords of `merge_adapters` that a recipe may give as options of any method but "hi".
 SHARED = ("weights", "space", "pad_rank", "post", "modules_to_save", "strict_base", "seed")
 # Lines of the score tables, beside the adapters.
-_STATES = ("base", "model_wise", "merged", "exported")
+_STATES = (BASE, "model_wise", "merged", "exported")
 # What the recipe says elsewhere.
 _ELSEWHERE = {
     "rank": "give rank at the top of the recipe.",
@@ -50,6 +50,8 @@ def check_rules(data: Table, file: Path) -> list[Fault]:
     except ConfigError as exc:
         faults.append(Fault("rank", str(exc).removeprefix("rank: ")))
     name = data.get("name", "merged")
+    if name == BASE:
+        faults.append(Fault("name", f"{name!r} means the base model; choose another."))
     if isinstance(name, str) and name:
         faults += _caught("name", lambda: check_new_name(name, names, "rename that adapter"))
     faults += [

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
-__all__ = ["HUB", "Budget", "Recipe", "TaskSpec", "Tracking"]
+__all__ = ["BASE", "HUB", "Budget", "Recipe", "TaskSpec", "Tracking"]
+
+BASE = "base"
+"""What tables call the base model."""
 
 HUB = "hub:"
 """What a data set's name on the Hugging Face hub starts with; all else is a file or a folder."""

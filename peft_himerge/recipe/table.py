@@ -15,11 +15,10 @@ from ..events import Listener, StateScored
 from ..probe import preserved
 from ..report import score_rows
 from ..scoring import Score, Task, read_score
+from .schema import BASE
 from .tasks import Scored
 
-__all__ = ["BASE", "TestTable", "score_test"]
-
-BASE = "base"
+__all__ = ["TestTable", "score_test"]
 
 
 @dataclass(frozen=True, slots=True)
