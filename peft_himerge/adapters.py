@@ -23,6 +23,7 @@ __all__ = [
     "check_values",
     "common_base",
     "lora_layers",
+    "plain_factors",
     "plain_weight",
     "read_adapters",
     "warn_if_zero",
@@ -156,6 +157,27 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
     if layer.lora_bias.get(name) and "lora_bias" not in carried:
         raise AdapterError(f"{where}: lora_bias=True is not supported yet; train without it.")
     base = layer.get_base_layer()
+    found = _factors(name, layer)
+    if isinstance(layer, (Conv1d, Conv2d, Conv3d)):
+        trailing = layer.lora_B[name].weight.shape[2:]
+        if base.groups != 1 or any(size != 1 for size in trailing):
+            raise AdapterError(f"{where}: grouped convolutions are not supported.")
+    a, b = found.a, found.b
+    check_values(where, a, b)
+    if not math.isfinite(found.scaling):
+        raise AdapterError(f"{where}: the scaling is {found.scaling}.")
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(f"{where}: A is {tuple(a.shape)} but B is {tuple(b.shape)}.")
+    return found
+
+
+def plain_factors(model: PeftModel, name: str) -> dict[str, LoraFactors]:
+    """Return module path -> factors of one adapter, without asking whether it can be merged."""
+    layers = lora_layers(model)
+    return {m: _factors(name, layer) for m, layer in layers.items() if name in layer.scaling}
+
+
+def _factors(name: str, layer: LoraLayer) -> LoraFactors:
     kernel: tuple[int, ...] = ()
     kind: Kind
     if isinstance(layer, LoraEmbedding):
@@ -164,17 +186,9 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         kind = "conv1d" if getattr(layer, "fan_in_fan_out", False) else "linear"
     if isinstance(layer, (Conv1d, Conv2d, Conv3d)):
-        if base.groups != 1 or any(size != 1 for size in b.shape[2:]):
-            raise AdapterError(f"{where}: grouped convolutions are not supported.")
         kind, kernel = "conv", tuple(a.shape[2:])
         a, b = a.flatten(1), b.flatten(1)
-    check_values(where, a, b)
-    scaling = float(layer.scaling[name])
-    if not math.isfinite(scaling):
-        raise AdapterError(f"{where}: the scaling is {scaling}.")
-    if a.shape[0] != b.shape[1]:
-        raise AdapterError(f"{where}: A is {tuple(a.shape)} but B is {tuple(b.shape)}.")
-    return LoraFactors(a.detach(), b.detach(), scaling, kind, kernel)
+    return LoraFactors(a.detach(), b.detach(), float(layer.scaling[name]), kind, kernel)
 
 
 def check_values(where: str, *tensors: torch.Tensor) -> None:

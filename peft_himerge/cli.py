@@ -29,6 +29,7 @@ from .cli_recipe import (
     sweep_recipe,
     validate,
 )
+from .cli_report import report
 from .config import HiMergeConfig
 from .cost import Cost
 from .errors import ConfigError, HiMergeError
@@ -52,6 +53,8 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(validate)
+
+app.command()(report)
 
 _ADAPTER = typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")
 _OUT = typer.Option(help="Folder to write the merged adapter to.")

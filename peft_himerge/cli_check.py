@@ -50,7 +50,9 @@ def check(
 def _show(report: Report) -> None:
     screen = Console()
     if report.findings:
-        table = Table("", "rule", "engines", "found", "fix", show_lines=True)
+        table = Table(show_lines=True)
+        for title in ("", "rule", "engines", "found", "fix"):
+            table.add_column(title, overflow="fold")
         for finding in report.findings:
             color = _COLORS[finding.severity]
             cells = (finding.rule, ", ".join(finding.engines), finding.found, finding.fix)

@@ -111,7 +111,8 @@ def merge_adapters_hi(
                 except BaseException:
                     export.remove_adapter(model, adapter_name)
                     raise
-        result = _result(model, adapter_name, run, parts, rank, engine.done, start)
+        blocks = (probe.blocks.run, probe.blocks.skipped)
+        result = _result(model, adapter_name, run, parts, rank, engine.done, start, blocks)
         run.emit(MergeFinished(result.plan, result.scores))
     return result
 
@@ -219,6 +220,7 @@ def _result(
     rank: int,
     scores: int,
     start: float,
+    blocks: tuple[int, int] = (0, 0),
 ) -> MergeResult:
     return MergeResult(
         adapter_name=adapter_name,
@@ -232,6 +234,9 @@ def _result(
         rank=rank,
         scores_computed=scores,
         seconds=time.perf_counter() - start,
+        options=run.config.model_dump(mode="json") if run.tasks else {"rank": run.config.rank},
+        blocks_run=blocks[0],
+        blocks_skipped=blocks[1],
         _combiner=run.combiner,
         _versions={name: a.version() for name, a in run.combiner.adapters.items()},
     )

@@ -26,6 +26,7 @@ from .lowrank import LowRank, Rank, low_rank_of_dense, low_rank_of_product
 from .methods.depth import Lines
 from .methods.registry import MethodInfo, describe, get_method
 from .methods.stack import Delta, Factored, Stack
+from .mixture import gather
 from .overwrite import taking_over
 from .probe import Probe, preserved
 from .request import (
@@ -273,7 +274,8 @@ def merge_adapters(
         least_rank=check_pad(pad_rank),
         seed=seed,
     )
-    return run(model, adapter_name, request, start)
+    evidence = gather(model, names, inputs, request.carried.settings, seed)
+    return run(model, adapter_name, request, start, evidence)
 
 
 def run(

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import card, export, files, report
+from . import card, export, files, geometry, report
 from .adapters import common_base
 from .combine import Combiner
 from .config import HiMergeConfig
 from .errors import AdapterError, ConfigError, PlanError, suggest
-from .factors import Adapter
+from .factors import Adapter, LoraFactors
 from .folders import read_folder
 from .lowrank import LowRank
 from .plan import DROP, MergePlan
-from .result import ModuleError, relative_error, versions
+from .result import ModuleError, relative_error, save_page, versions
 
 __all__ = ["FolderMerge", "merge_folders"]
 
@@ -42,7 +42,7 @@ class FolderMerge:
     """A finished merge from folder to folder.
 
     Attributes:
-        folder: where the adapter, plan.json, report.json, report.md and README.md are.
+        folder: where the adapter, plan.json, report.json, .md and .html, and README.md are.
         adapter_name: its name in the report and the model card.
         plan: what was merged; `apply_plan` replays it on a live model.
         rank: the exported adapter's rank.
@@ -68,7 +68,8 @@ class FolderMerge:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json; as `MergeResult.to_dict`, without what was scored."""
         rows = [
-            {"module": m.module, "rank": m.rank, "relative_error": m.error} for m in self.modules
+            {"module": m.module, "rank": m.rank, "relative_error": m.error, "norm": m.norm}
+            for m in self.modules
         ]
         exported = {"rank": self.rank, "relative_error": self.export_error, "drop": None}
         return {
@@ -199,7 +200,7 @@ def _write(
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     try:
         parts = export.iter_approximate(combiner, plan, config.rank, dense_entries=_DENSE_ENTRIES)
-        rank, done = _write_factors(beside / export.WEIGHTS, combiner, parts)
+        rank, done, spectra = _write_factors(beside / export.WEIGHTS, combiner, parts)
         modules = tuple(ModuleError(m, p.rank, p.error, p.norm) for m, p in done)
         fields = _fields(combiner, rank)
         text = json.dumps(fields, indent=2, sort_keys=True)
@@ -208,9 +209,11 @@ def _write(
         merge = FolderMerge(
             target, adapter_name, plan, rank, modules, time.perf_counter() - start, _peak()
         )
-        facts = merge.to_dict()
+        shape = geometry.to_records(geometry.layer_geometry(combiner), spectra)
+        facts = merge.to_dict() | {"geometry": shape}
         text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
         files.write_text(beside / "report.json", text + "\n")
+        save_page(beside, facts)
         files.write_text(beside / "report.md", report.render_markdown(facts))
         text = card.render_card(facts, fields["base_model_name_or_path"], licences)
         files.write_text(beside / "README.md", text)
@@ -222,7 +225,7 @@ def _write(
 
 def _write_factors(
     path: Path, combiner: Combiner, parts: Iterable[tuple[str, LowRank]]
-) -> tuple[int, tuple[tuple[str, LowRank], ...]]:
+) -> tuple[int, tuple[tuple[str, LowRank], ...], dict[str, list[float] | None]]:
     """Write A and B of every module in PEFT's layout, without holding them all.
 
     Args:
@@ -231,14 +234,16 @@ def _write_factors(
         parts: module -> factors, taken one by one.
 
     Returns:
-        The uniform rank, and per module its `LowRank` without the values.
+        The uniform rank, per module its `LowRank` without the values, and its singular values.
     """
     done: list[tuple[str, LowRank]] = []
     where: dict[str, int] = {}
+    spectra: dict[str, list[float] | None] = {}
     # The common rank is known at the end only, so the factors wait in a file without a name.
     with tempfile.TemporaryFile(dir=path.parent) as spool:
         for module, part in parts:
             where[module] = spool.tell()
+            spectra[module] = geometry.singular_values(LoraFactors(part.a, part.b, 1.0))
             for factor in (part.b, part.a):
                 raw = factor.to(export.stored_dtype(combiner, module)).contiguous().flatten()
                 spool.write(raw.view(torch.uint8).cpu().numpy().data)
@@ -268,7 +273,7 @@ def _write_factors(
         layout = {e.key: (_CODES[e.dtype], list(e.shape)) for e in entries}
         with files.replacing(path) as beside:
             files.stream_tensors(beside, layout, tensor, {"format": "pt"})
-    return rank, tuple(done)
+    return rank, tuple(done), spectra
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The only room that touches the live model: put a plan's state into it, score, put all back.
+"""The only room that touches live weights: put a plan's state in place, score, put all back.
 
 Two strategies, never arithmetic undo (adding and subtracting a delta changes a fifth of a weight's
 elements):

@@ -240,7 +240,7 @@ def tell(listeners: Sequence[Listener], event: Event) -> None:
 def save(result: MergeResult, folders: Sequence[Path], listeners: Sequence[Listener]) -> None:
     """Save a merged adapter that is in the model to each folder, and say so."""
     for folder in folders:
-        result.save(folder)
+        result.save(folder, page=False)  # 5 MB a checkpoint; `himerge report` makes it
         tell(listeners, AdapterSaved(folder, result.plan))
 
 

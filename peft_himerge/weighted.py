@@ -187,7 +187,11 @@ def _new_rank(
 ) -> int:
     known = (
         *COMBINATION_TYPES,
-        *(m.name for m in list_methods() if m.name not in COMBINATION_TYPES),
+        *(
+            m.name
+            for m in list_methods()
+            if m.name not in COMBINATION_TYPES and m.needs == "nothing"
+        ),
     )
     if combination_type not in known:
         raise ConfigError(

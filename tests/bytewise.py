@@ -20,6 +20,8 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -96,6 +98,12 @@ def bert_config(labels: int) -> BertConfig:
 
 def bert(labels: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     return tiny._build(BertForSequenceClassification, bert_config(labels), dtype, seed)
+
+
+def roberta(labels: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """A classifier whose head has two layers."""
+    config = RobertaConfig(**SIZES, num_labels=labels, type_vocab_size=2)
+    return tiny._build(RobertaForSequenceClassification, config, dtype, seed)
 
 
 def bert_tokens(

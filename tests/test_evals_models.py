@@ -463,6 +463,21 @@ def test_a_head_that_peft_wraps_is_exchanged_whichever_copy_is_on() -> None:
     assert snapshot(model) == before
 
 
+def test_a_head_of_several_layers_is_exchanged_whole_or_not_at_all() -> None:
+    model, donor = bytewise.roberta(3, seed=0), bytewise.roberta(3, seed=1)
+    state = donor.state_dict()
+    head = {f"base_model.model.{k}": state[k] for k in state if k.startswith("classifier.")}
+    assert len(head) == 4
+    found = sequence_classification(CLASSES, TOKENIZER, LABELS, head=head)(model)
+    model.classifier, own = donor.classifier, model.classifier
+    expected = sequence_classification(CLASSES, TOKENIZER, LABELS)(model)
+    assert found["log_likelihood"].tolist() == expected["log_likelihood"].tolist()
+    model.classifier = own
+    half = {name: head[name] for name in head if "dense" in name}
+    with pytest.raises(ConfigError, match=r"comes without 'classifier\.out_proj\.weight'"):
+        sequence_classification(CLASSES, TOKENIZER, LABELS, head=half)(model)
+
+
 def test_a_head_comes_off_when_the_model_raises() -> None:
     model = bytewise.bert()
     held = dict(model.named_parameters())

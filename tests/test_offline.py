@@ -23,12 +23,13 @@ from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
 from peft_himerge.errors import AdapterError, ConfigError, PlanError
 from peft_himerge.folders import read_folder
+from peft_himerge.geometry import layer_geometry, to_records
 from peft_himerge.offline import merge_folders
 
 NAMES = ["zh", "en", "math"]
 FILES = {
-    "adapter_config.json", "adapter_model.safetensors", "plan.json", "report.json", "report.md",
-    "README.md",
+    "adapter_config.json", "adapter_model.safetensors", "plan.json", "report.html", "report.json",
+    "report.md", "README.md",
 }  # fmt: skip
 
 
@@ -67,6 +68,10 @@ def test_folders_give_what_the_live_model_gives(kind: str, density: float, tmp_p
     assert {m.module: m.rank for m in done.modules} == {m.module: m.rank for m in live.modules}
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert MergePlan.from_json(tmp_path / "out" / "plan.json") == plan
+    facts = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    want_geometry = to_records(layer_geometry(combiner), {})["layers"]
+    assert facts["geometry"]["layers"] == want_geometry
+    assert set(facts["geometry"]["singular_values"]) == set(combiner.modules)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -360,3 +365,13 @@ def test_a_merge_command_without_scores_says_what_is_missing(
     assert done.returncode == 2
     assert text in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_licences_of_the_sources_go_into_the_card(tmp_path: Path) -> None:
+    folders = saved(tiny.peft_model("llama", 2, torch.float32), tmp_path / "in")
+    for folder in folders.values():
+        (folder / "README.md").write_text("---\nlicense: mit\n---\ntext\n", encoding="utf-8")
+    merge_folders(folders, tmp_path / "out", config=HiMergeConfig(density=1.0, scale=1.0))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "\nlicense: mit\n" in card
+    assert card.count(", licence mit") == 2

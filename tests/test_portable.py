@@ -193,11 +193,6 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
         {},
         {f"target-form:{engine}": "warning" for engine in ENGINES},
     ),
-    "bad pattern": (
-        {"target_modules": "("},
-        {},
-        {f"targets:{engine}": "error" for engine in ENGINES},
-    ),
     "unknown field": ({"himerge": 1}, {}, {"config-fields:peft": "warning"}),
     "float32": (
         {},
@@ -310,6 +305,10 @@ def test_damaged_weights_are_an_error_and_no_traceback(cut: int, tmp_path: Path)
     ["{", "[]", "{}", *(json.dumps({**CONFIG, **bad}) for bad in (
         {"peft_type": "IA3"}, {"r": "4"}, {"r": 0}, {"r": True}, {"lora_alpha": None},
         {"rank_pattern": [1]}, {"alpha_pattern": {"q_proj": "x"}},
+        {"alpha_pattern": {"(": 1}}, {"rank_pattern": {"q_proj": 0}}, {"r": float("nan")},
+        {"target_modules": "("}, {"target_modules": 3}, {"exclude_modules": [1]},
+        {"layers_to_transform": ["a"]},
+        {"layers_pattern": "("}, {"exclude_modules": "["}, {"rank_pattern": {"x(?i)": 1}},
     ))],
 )  # fmt: skip
 def test_a_config_that_says_nothing_is_an_error(text: str, tmp_path: Path) -> None:
@@ -331,6 +330,24 @@ def test_a_wrong_call_is_refused(call: dict[str, Any], text: str, tmp_path: Path
     write(tmp_path)
     with pytest.raises(ConfigError, match=text):
         check_adapter(**{"folder": tmp_path, **call})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 40) | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(sorted(KNOWN_FIELDS)), JSON, max_size=4))
+def test_any_config_gives_a_report(
+    changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    report = check_adapter(write(tmp_path_factory.mktemp("any"), changes))
+    assert report.ok == all(f.severity == "warning" for f in report.findings)
+    json.dumps(report.to_dict())
 
 
 def test_known_fields_are_those_of_the_installed_peft() -> None:

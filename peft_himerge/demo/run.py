@@ -76,12 +76,12 @@ def run(
     """
     start = time.perf_counter()
     console = Console()
-    console.print("loading the base model")
-    model, tokenizer = load_base(base)
     folders = adapter_dirs()
-    if train_again:
+    if train_again:  # before the base is loaded: training holds a base of its own
         folders = train(Path(tempfile.mkdtemp(prefix="himerge-demo-")), base=base)
         console.print(f"trained adapters: {folders}")
+    console.print("loading the base model")
+    model, tokenizer = load_base(base)
     peft_model = _load(model, folders)
     validation, test = _evals(tokenizer, rows, test_rows)
     with ProgressBar(Console(stderr=True)) as bar:

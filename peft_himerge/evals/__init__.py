@@ -13,12 +13,14 @@ model with a fingerprint of its own, so that a journal of scores knows it again.
     lm_eval_task               the harness' own         the harness' metrics
 
 `load_rows` reads rows, `load_evals` a file with functions of the user's own, `Bleu` and `Rouge`
-are metrics for the `evaluate` library. Scores are higher-is-better, all in this room.
+are metrics for the `evaluate` library; a function of your own may return an `Estimate`, a
+number with its standard error. Scores are higher-is-better, all in this room.
 """
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from ..scoring import Estimate as Estimate
 from .base import EvalFunction as EvalFunction
 from .base import EvalRowError as EvalRowError
 from .bootstrap import bootstrap_se as bootstrap_se
@@ -44,6 +46,7 @@ if _TYPE_CHECKING:
 __all__ = [
     "Bleu",
     "ClassificationRow",
+    "Estimate",
     "EvalFunction",
     "EvalRowError",
     "GenerationRow",

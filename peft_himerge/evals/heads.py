@@ -113,8 +113,9 @@ def wearing(model: nn.Module, head: Mapping[str, Tensor]) -> Iterator[None]:
     swaps = [
         (owner, name.rpartition(".")[2], _fitted(name, tensor, owner))
         for name, tensor in head.items()
-        for owner in _owners(inner_model(model), name, head)
+        for owner in _owners(inner_model(model), name)
     ]
+    _check_whole(inner_model(model), head)
     before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     try:
         for owner, part, parameter in swaps:
@@ -126,7 +127,7 @@ def wearing(model: nn.Module, head: Mapping[str, Tensor]) -> Iterator[None]:
             owner._parameters[part] = original
 
 
-def _owners(inner: nn.Module, name: str, head: Mapping[str, Tensor]) -> list[nn.Module]:
+def _owners(inner: nn.Module, name: str) -> list[nn.Module]:
     """Return the modules whose parameter `name` is to be exchanged: one, or PEFT's copies."""
     path, _, part = name.rpartition(".")
     found = [inner]
@@ -135,15 +136,22 @@ def _owners(inner: nn.Module, name: str, head: Mapping[str, Tensor]) -> list[nn.
     if not found or any(module._parameters.get(part) is None for module in found):
         known = [_plain_name(key) for key, _ in inner.named_parameters() if "lora_" not in key]
         raise ConfigError(f"head: the model has no parameter {name!r}.{suggest(name, known[-4:])}")
-    for module in found:
-        for other, held in module._parameters.items():
-            whole = f"{path}.{other}" if path else other
-            if held is not None and whole not in head:
-                raise ConfigError(
-                    f"head: {name!r} comes without {whole!r}, which the model's module has; a "
-                    f"head must be whole."
-                )
     return found
+
+
+def _check_whole(inner: Any, head: Mapping[str, Tensor]) -> None:
+    """Refuse half a head: the other half would be the model's, and no one would see it."""
+    for name in head:
+        top, _, _ = name.partition(".")
+        # A module inside the body, e.g. an embedding, is whole by itself.
+        path = name.rpartition(".")[0] if top == inner.base_model_prefix else top
+        parts = [_plain_name(key) for key, _ in inner.named_parameters() if "lora_" not in key]
+        missing = [part for part in parts if part.startswith(f"{path}.") and part not in head]
+        if missing:
+            raise ConfigError(
+                f"head: {name!r} comes without {missing[0]!r}, which the model's {path!r} has; a "
+                f"head must be whole."
+            )
 
 
 def _children(module: nn.Module, step: str) -> list[nn.Module]:

@@ -2,14 +2,20 @@
 
 Sums of whole deltas: `linear`, `angles` (means on the sphere), `depth` (per layer). Entry by entry:
 `sparse` (prune and vote), `compete` (entries judged by all adapters). In joint coordinates:
-`subspace`, `wudi`, `widen`. `spaces` lends small coordinates to the methods that work entry by
-entry, `bank` keeps several adapters in less room. A method reads `stack`s and nothing else.
+`subspace`, `wudi`, `widen`. From what the live model does on inputs: `regmean`, `fisher`,
+`learned`, `experts`. `spaces` lends small coordinates to the methods that work entry by entry,
+`bank` keeps several adapters in less room. A method reads `stack`s, and `mixture.Evidence` if it
+needs inputs.
 """
 
 from . import angles as angles
 from . import compete as compete
 from . import depth as depth
+from . import experts as experts
+from . import fisher as fisher
+from . import learned as learned
 from . import linear as linear
+from . import regmean as regmean
 from . import sparse as sparse
 from . import subspace as subspace
 from . import widen as widen

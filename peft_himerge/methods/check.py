@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError, suggest
 
-__all__ = ["choice", "fraction", "number", "whole"]
+__all__ = ["choice", "flag", "fraction", "number", "whole"]
 
 
 def number(name: str, value: object, *, least: float = -math.inf, most: float = math.inf) -> float:
@@ -36,6 +36,17 @@ def whole(name: str, value: object, *, least: int = 0) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """Return `value` if it is True or False.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}.")
     return value
 
 

@@ -129,26 +129,54 @@ def _headers(path: Path) -> dict[str, Factor]:
 
 
 def _fault(config: Any) -> str | None:
+    """Return what makes a config unreadable, so that no rule has to ask again."""
     if not isinstance(config, dict):
         return "holds no JSON object"
     if config.get("peft_type") != "LORA":
         return f"peft_type is {config.get('peft_type')!r}, other engines read LORA only"
     for field in ("r", "lora_alpha"):
-        value = config.get(field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"{field} must be a number, got {value!r}"
+        if not _number(config.get(field)):
+            return f"{field} must be a number, got {config.get(field)!r}"
     if config["r"] < 1:
         return f"r must be at least 1, got {config['r']!r}"
     for field in ("rank_pattern", "alpha_pattern"):
         values = config.get(field) or {}
         if not isinstance(values, dict):
             return f"{field} must be a table, got {values!r}"
-        odd = [
-            k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float)
-        ]
-        if odd:
-            return f"{field} of {odd[0]!r} must be a number, got {values[odd[0]]!r}"
+        for key, value in values.items():
+            if not _number(value) or value <= 0:
+                return f"{field} of {key!r} must be a number > 0, got {value!r}"
+            if not _pattern(rf"(.*\.)?({key})$"):
+                return f"{field} has the key {key!r}, which is no regular expression"
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = config.get(field) or []
+        many = [names] if isinstance(names, str) else names
+        if not isinstance(many, list) or not all(isinstance(name, str) for name in many):
+            return f"{field} must be a list of names or a pattern, got {names!r}"
+        if field == "layers_pattern":
+            many = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in many]
+        elif isinstance(names, list):
+            many = []  # plain names
+        if not all(map(_pattern, many)):
+            return f"{field}={names!r} is no regular expression"
+    layers = config.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
+            return f"layers_to_transform must hold whole numbers, got {layers!r}"
     return None
+
+
+def _number(value: Any) -> bool:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return right and math.isfinite(value)
+
+
+def _pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _sorted_out(

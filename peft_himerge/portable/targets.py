@@ -45,9 +45,9 @@ def _listed(names: Any, module: str) -> bool:
 def _layer(module: str, patterns: str | list[str] | None) -> int | None:
     names = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
     for name in names:
-        found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module)
+        found = re.match(rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.", module)
         if found:
-            return int(found[1])
+            return int(found["index"])
     return None
 
 

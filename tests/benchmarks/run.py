@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("exact_merge", "analysis", "one_score", "seven_b", "lazy_fold", "growth")
+SCRIPTS = ("exact_merge", "analysis", "one_score", "seven_b", "lazy_fold", "growth", "families")
 
 
 def main() -> int:

@@ -24,6 +24,9 @@ _SHOWN = {
     "lazy_fold_density0.5": ("ratio",),
     "growth_unpruned": ("adapters.exponent_cpu_seconds", "layers.exponent_cpu_seconds"),
     "growth_density0.1": ("adapters.exponent_cpu_seconds", "layers.exponent_cpu_seconds"),
+    "family_linear": ("width_4096.svd.ratio", "width_4096.cat.ratio", "least_ratio"),
+    "family_sparse": ("width_4096.ties_svd.ratio", "least_ratio"),
+    "family_subspace": ("width_4096.knots_ties.ratio", "width_4096.tsv_m.ratio", "least_ratio"),
 }
 
 

@@ -1,0 +1,258 @@
+"""RegMean: the merged module whose outputs are nearest to every expert's, on the expert's inputs.
+
+    M = (sum_i D_i G_i) (sum_j G_j)^-1          G_i = X_i^T X_i / rows, shrunk off the diagonal
+
+The base cancels, and each D_i G_i = B_i (A_i G_i) keeps its thin factor, so the result is exact in
+factor space. Source: arXiv 2212.09849, METHODS 5.2. Gram matrices are summed up while the live
+model runs: two of (in, in) per group of modules that read the same tensor (q, k and v; gate and
+up), however many adapters there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..mixture import Evidence, Mixture
+from .check import fraction, number
+from .registry import Fitted, method
+from .stack import Factored, Result, Stack
+
+__all__ = ["importance", "regmean", "shared_inputs"]
+
+_GIB = float(1 << 30)
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Modules that read the same tensor, and what is known about it.
+
+    Attributes:
+        stacks: the modules; the first one is looked at.
+        gram: (in, in) sum over one adapter's rows, not yet divided by their number.
+        total: (in, in) weighted sum over the adapters seen so far of their shrunk Gram matrices.
+        rows: number of the adapter's rows.
+        parts: module -> per adapter A_i G_i, (rank, in); None where it has no such module.
+    """
+
+    stacks: list[Stack]
+    gram: Tensor
+    total: Tensor
+    rows: int = 0
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def take(self, x: Tensor) -> None:
+        """Add rows, (rows, in)."""
+        x = x.to(self.gram.device, self.gram.dtype)
+        self.gram.addmm_(x.t(), x)
+        self.rows += x.shape[0]
+
+    def finish(self, index: int, weight: float, off_diagonal: float) -> None:
+        """Turn the sum over the rows of adapter `index` into its share of the result."""
+        gram = self.gram / max(1, self.rows)
+        diagonal = gram.diagonal().clone()
+        gram *= off_diagonal
+        gram.diagonal().copy_(diagonal)
+        self.total.add_(gram, alpha=weight)
+        for stack in self.stacks:
+            own = self.parts.setdefault(stack.module, [])
+            own.append(stack.scaled(index)[1].to(gram.dtype) @ gram)
+        self.gram.zero_()
+        self.rows = 0
+
+
+@method(
+    "regmean",
+    title="RegMean",
+    url="https://arxiv.org/abs/2212.09849",
+    variant="authors, ridge in place of their solver's failure",
+    needs="inputs",
+    low_rank=True,
+)
+def regmean(
+    stacks: Sequence[Stack],
+    evidence: Evidence,
+    *,
+    off_diagonal: float = 0.9,
+    ridge: float = 1e-6,
+    gram_gib: float = 4.0,
+) -> Fitted:
+    """Merge so that every module's output is nearest to each expert's on that expert's inputs.
+
+    ``M = (sum_i w_i D_i (G_i + e I)) (sum_i w_i (G_i + e I))^-1``, with each expert run alone on
+    its own task's tokens, padding left out. Weights say how much an expert's error counts; they do
+    not scale its delta. Directions in which no expert had an input get the weighted average.
+
+    Source: arXiv 2212.09849, equation 3 and the authors' code. Where we differ: the ridge e, which
+    a singular sum needs, is added to each Gram matrix, so that it pulls towards the average instead
+    of 0. Embeddings and convolutions are averaged, as the authors average what is not linear; an
+    adapter without a module counts there with a delta of 0.
+
+    Args:
+        stacks: the modules.
+        evidence: the live model and each task's batches; labels are not needed.
+        off_diagonal: factor on the Gram matrices off their diagonal, in [0, 1]. 0.9 is the
+            authors' usual one; 1 changes nothing, 0 weighs inputs one by one.
+        ridge: e as a share of the mean diagonal entry, >= 0; 0 takes the pseudo-inverse, with
+            singular values below in * eps of the largest as 0, and gives 0 where no input was.
+        gram_gib: most GiB of Gram matrices at once (two per group); where it does not suffice the
+            batches are run again for the modules left over.
+
+    Raises:
+        ConfigError: an option is out of range, or a weight negative.
+    """
+    off_diagonal = fraction("off_diagonal", off_diagonal)
+    ridge, limit = number("ridge", ridge, least=0.0), number("gram_gib", gram_gib, least=0.0)
+    weights = importance(stacks[0], "regmean")
+    plain = [s for s in stacks if evidence.combiner.kind(s.module) in ("linear", "conv1d")]
+    right: dict[str, list[Tensor]] = {}
+    unreached: list[str] = []
+    passes = 0
+    with evidence.mixture() as mixture:
+        todo = shared_inputs(mixture, evidence, plain)
+        while todo:
+            passes += 1
+            now = _measured(mixture, evidence, todo, limit * _GIB, weights, off_diagonal)
+            for group in now:
+                if not bool(group.total.diagonal().any()):
+                    unreached += [s.module for s in group.stacks]
+                right.update(_solved(group, weights, ridge))
+    return Fitted(
+        lambda again: _run(again, right, weights),
+        {
+            "examples": {name: evidence.batches.count(name) for name in stacks[0].names},
+            "passes": passes,
+            "averaged": [s.module for s in stacks if s.module not in right],
+            "without_input": sorted(unreached),
+        },
+    )
+
+
+def importance(stack: Stack, name: str) -> list[float]:
+    """Return the user's weights divided by their sum.
+
+    Raises:
+        ConfigError: one is negative, or all are 0.
+    """
+    total = sum(stack.weights)
+    if min(stack.weights) < 0.0 or total == 0.0:
+        raise ConfigError(
+            f"{name} needs weights >= 0 that are not all 0, since they say how much an expert "
+            f"counts; got {dict(zip(stack.names, stack.weights, strict=True))}."
+        )
+    return [w / total for w in stack.weights]
+
+
+def shared_inputs(
+    mixture: Mixture, evidence: Evidence, stacks: Sequence[Stack]
+) -> list[list[Stack]]:
+    """Group modules that are given the very same tensors, from a look at one example."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def look(module: str, x: Tensor, output: Tensor) -> Tensor:
+        seen.setdefault(module, []).append(x)
+        return output
+
+    mixture.solo(mixture.names[0])
+    mixture.watch = look
+    mixture.run(next(evidence.batches.singles(mixture.names[0])))
+    mixture.watch = None
+    groups: dict[object, list[Stack]] = {}
+    for stack in stacks:
+        same = tuple(id(x) for x in seen.get(stack.module, ()))
+        groups.setdefault((same, stack.dtype) if same else stack.module, []).append(stack)
+    return list(groups.values())
+
+
+def _measured(
+    mixture: Mixture,
+    evidence: Evidence,
+    todo: list[list[Stack]],
+    limit: float,
+    weights: Sequence[float],
+    off_diagonal: float,
+) -> list[_Group]:
+    """Take as many groups off `todo` as `limit` bytes hold, and measure all adapters there."""
+    groups: dict[str, _Group] = {}
+    held = 0
+    while todo:
+        first = todo[0][0]
+        width = first.shape[1]
+        held += 2 * width * width * first.dtype.itemsize
+        if groups and held > limit:
+            break
+        gram = torch.zeros(width, width, dtype=first.dtype, device=first.device)
+        groups[first.module] = _Group(todo.pop(0), gram, torch.zeros_like(gram))
+    for index, (name, weight) in enumerate(zip(mixture.names, weights, strict=True)):
+        mixture.solo(name)
+        for batch in evidence.batches.of[name]:
+            mixture.watch = _taking(mixture, groups, batch)
+            mixture.run(batch)
+        mixture.watch = None
+        for module, group in groups.items():
+            if not bool(torch.isfinite(group.gram).all()):
+                raise ConfigError(
+                    f"the inputs of module {module!r} hold NaN or infinity when adapter {name!r} "
+                    f"runs on its batches."
+                )
+            group.finish(index, weight, off_diagonal)
+    return list(groups.values())
+
+
+def _taking(
+    mixture: Mixture, groups: Mapping[str, _Group], batch: Mapping[str, Tensor]
+) -> Callable[[str, Tensor, Tensor], Tensor]:
+    def take(module: str, x: Tensor, output: Tensor) -> Tensor:
+        if module in groups:
+            groups[module].take(mixture.tokens(module, batch, x))
+        return output
+
+    return take
+
+
+def _solved(
+    group: _Group, weights: Sequence[float], ridge: float
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield (module, per adapter the right factor H_i (rank, in) with D_i's share ``B_i H_i``)."""
+    extra = ridge * float(group.total.diagonal().double().mean())
+    solve = _solver(group.total, extra)
+    nothing = not bool(group.total.diagonal().any())
+    for stack in group.stacks:
+        own = []
+        for i, weight in enumerate(weights):
+            a = stack.scaled(i)[1]
+            if nothing:  # no input ever came here: nothing tells the experts apart
+                own.append(weight * a)
+                continue
+            rows = group.parts[stack.module][i].double() + extra * a.double()
+            own.append((weight * solve(rows)).to(stack.dtype))
+        yield stack.module, own
+
+
+def _solver(total: Tensor, extra: float) -> Callable[[Tensor], Tensor]:
+    """Return what multiplies rows (any, in), float64, by the inverse of ``total + extra I``."""
+    wide = total.double()
+    if extra > 0.0:
+        wide.diagonal().add_(extra)
+        lower = torch.linalg.cholesky(wide)
+        return lambda rows: torch.cholesky_solve(rows.t(), lower).t()
+    values, vectors = torch.linalg.eigh(wide)
+    fine = values > len(values) * torch.finfo(total.dtype).eps * values[-1].clamp(min=0.0)
+    basis = vectors[:, fine]
+    inverse = (basis / values[fine]) @ basis.t()
+    return lambda rows: rows @ inverse
+
+
+def _run(
+    stacks: Sequence[Stack], right: Mapping[str, list[Tensor]], weights: Sequence[float]
+) -> Result:
+    for stack in stacks:
+        pairs = [stack.scaled(i) for i in range(len(weights))]
+        own = right.get(stack.module)
+        if own is None:
+            own = [w * a for w, (_, a) in zip(weights, pairs, strict=True)]
+        yield stack.module, Factored(torch.cat([b for b, _ in pairs], dim=1), torch.cat(own))
