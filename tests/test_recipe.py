@@ -26,6 +26,8 @@ from peft_himerge.cli import app, main
 from peft_himerge.errors import BudgetError, ConfigError
 from peft_himerge.evals import ClassificationRow, load_rows, multiple_choice
 from peft_himerge.folders import load_peft_model
+from peft_himerge.page import parse_report, read_report, render_page
+from peft_himerge.page.tables import tables_of
 from peft_himerge.recipe import Fault, RecipeError, examine, read_recipe, run_recipe
 from peft_himerge.recipe.read import _override
 from peft_himerge.recipe.rules import _options
@@ -126,6 +128,8 @@ def test_a_shipped_recipe_merges_on_tiny_models(
         assert all(set(row) == tested for row in report["test"]["scores"].values())
         assert all(None not in row.values() for row in report["test"]["standard_errors"].values())
         assert "## Test scores" in (out / "README.md").read_text(encoding="utf-8")
+        page = out / "report.html"
+        assert not recipe.is_hi or "<h2>Test scores</h2>" in page.read_text(encoding="utf-8")
         last = [e for e in events if getattr(e, "stage", "") == "test"][-1]
         assert last.done == last.total == len(states) * len(tested)
     if name != "sequence_classification.yaml":
@@ -206,6 +210,23 @@ def test_the_share_kept_is_a_mean_over_tasks_that_an_adapter_wins(
     wanted = sum(shares) / len(shares) if shares else None
     assert done.test.kept("merged") == pytest.approx(wanted)
     assert done.test.kept("base") == (0.0 if shares else None)
+
+
+def test_the_page_shows_the_test_table(shop: Callable[[str], Path], tmp_path: Path) -> None:
+    root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
+    done = run_recipe(examine(read_recipe(RECIPES / name, sets(root, name, tmp_path / "out"))))
+    assert done.test is not None
+    report = read_report(tmp_path / "out")
+    shown = tables_of(report)["test"]
+    header, rows = done.test.rows()
+    assert list(shown.header[:-1]) == header[:-1]
+    assert [row[-1].text.replace("–", "") for row in shown.rows] == [row[-1] for row in rows]
+    for cells, row in zip(shown.rows, rows, strict=True):
+        assert [c.text for c in cells[1:-1]] == [text.replace(" ± 0.000", "") for text in row[1:-1]]
+    assert "Of the validation data that decided" in (tmp_path / "out" / "report.html").read_text()
+    bare = parse_report(json.loads((tmp_path / "out" / "report.json").read_text()) | {"test": None})
+    assert "test" not in tables_of(bare)
+    assert "Of the validation data" not in render_page(bare)
 
 
 def test_heads_stay_with_their_tasks(shop: Callable[[str], Path], tmp_path: Path) -> None:

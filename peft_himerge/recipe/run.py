@@ -25,7 +25,7 @@ from ..merging import AdapterMerge, merge_adapters
 from ..offline import FolderMerge, merge_folders
 from ..processes import is_main
 from ..report import markdown_table
-from ..result import MergeResult
+from ..result import MergeResult, save_page
 from ..tracking import WandbListener
 from .examine import Examined
 from .faults import RecipeError
@@ -209,6 +209,8 @@ def _keep(recipe: Recipe, out: Path, test: TestTable | None) -> None:
         story["test"] = test.to_dict()
     told = json.dumps(story, indent=2, ensure_ascii=False, allow_nan=False)
     files.write_text(out / "report.json", told + "\n")
+    if (out / "report.html").is_file():
+        save_page(out, story)
     for name in ("report.md", "README.md") if test is not None else ():
         page = out / name
         if page.is_file():
