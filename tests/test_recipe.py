@@ -27,6 +27,7 @@ from peft_himerge.errors import BudgetError, ConfigError
 from peft_himerge.evals import ClassificationRow, load_rows, multiple_choice
 from peft_himerge.folders import load_peft_model
 from peft_himerge.page import parse_report, read_report, render_page
+from peft_himerge.page.charts import state_label
 from peft_himerge.page.tables import tables_of
 from peft_himerge.recipe import Fault, RecipeError, examine, read_recipe, run_recipe
 from peft_himerge.recipe.read import _override
@@ -223,7 +224,13 @@ def test_the_page_shows_the_test_table(shop: Callable[[str], Path], tmp_path: Pa
     assert [row[-1].text.replace("–", "") for row in shown.rows] == [row[-1] for row in rows]
     for cells, row in zip(shown.rows, rows, strict=True):
         assert [c.text for c in cells[1:-1]] == [text.replace(" ± 0.000", "") for text in row[1:-1]]
-    assert "Of the validation data that decided" in (tmp_path / "out" / "report.html").read_text()
+    assert shown.rows[-1][0].text == state_label(report, "exported")
+    kept = done.test.kept("merged")
+    assert kept is not None
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<dd>{100 * kept:.0f}%</dd>" in page
+    assert "wins alone, on test data" in page
+    assert "Of the validation data that decided" in page
     bare = parse_report(json.loads((tmp_path / "out" / "report.json").read_text()) | {"test": None})
     assert "test" not in tables_of(bare)
     assert "Of the validation data" not in render_page(bare)

@@ -145,6 +145,11 @@ class Test(_Facts):
         """Names of the tasks."""
         return list(next(iter(self.scores.values()), {}))
 
+    @property
+    def merged(self) -> str:
+        """The state that is the merged adapter: the last one."""
+        return list(self.scores)[-1]
+
     def share_kept(self, state: str, task: str) -> float | None:
         """As `Report.share_kept`, on test data."""
         return _share_kept(self.scores, state, task)

@@ -104,7 +104,9 @@ def _score_table(title: str, report: Report, held: Report | Test) -> Table:
     rows = []
     for state, scored in held.scores.items():
         shares = {task: held.share_kept(state, task) for task in held.tasks}
-        cells = [Cell(state_label(report, state))]
+        # What is tested is the adapter as it was written, whatever its name.
+        tested = isinstance(held, Test) and state == held.merged
+        cells = [Cell(state_label(report, "exported" if tested else state))]
         for task in held.tasks:
             se = held.standard_errors.get(state, {}).get(task)
             share = shares[task]
