@@ -290,18 +290,20 @@ def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, 
     from .folders import load_peft_model
 
     if wanted.recipe is not None:
-        if wanted.base or wanted.adapters or wanted.evals:
+        if wanted.base or wanted.adapters:
             raise ConfigError(
-                f"{str(file)!r} names himerge.recipe, which says base, adapters and tasks: leave "
-                f"out himerge.base, himerge.adapters and himerge.eval."
+                f"{str(file)!r} names himerge.recipe, which says base and adapters: leave out "
+                f"himerge.base and himerge.adapters."
             )
         options, model, folders, eval_fns = sweep_recipe(wanted.recipe, evals)
         return wanted.within(options), model, folders, eval_fns
-    if wanted.base is None or wanted.evals is None or not wanted.adapters:
+    if wanted.base is None or not wanted.adapters:
         raise ConfigError(
-            f"{str(file)!r} needs himerge.recipe, or himerge.base, himerge.adapters, himerge.eval."
+            f"{str(file)!r} needs himerge.recipe, or himerge.base and himerge.adapters."
         )
-    build = load_evals(wanted.evals)
+    if evals is None:
+        raise ConfigError("--eval is missing: the Python file that defines eval_fns.")
+    build = load_evals(evals)
     model, tokenizer = load_peft_model(wanted.base, wanted.adapters)
     return wanted, model, wanted.adapters, build(tokenizer)
 

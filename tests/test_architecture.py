@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "names": {"errors"},
     "portable": {"errors"},
     "randomness": {"errors"},
+    "yaml_file": {"errors"},
     "processes": {"errors"},
     "factors": {"errors", "threads"},
     # floor 2: options, and what is computed from the nouns
@@ -129,11 +130,12 @@ ROOMS: dict[str, set[str]] = {
     },
     "sweep": {
         *("config", "errors", "events", "hi", "probe", "result", "scoring", "tracking"),
+        "yaml_file",
     },
     "recipe": {
         *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
         *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
-        *("processes", "report", "request", "result", "scoring", "tracking"),
+        *("processes", "report", "request", "result", "scoring", "tracking", "yaml_file"),
     },
     # floor 9: front doors
     "__init__": {
@@ -164,6 +166,7 @@ TYPES_ONLY = {
 
 NO_TORCH = {
     "names",
+    "yaml_file",
     "card",
     "portable",
     "errors",
@@ -215,7 +218,7 @@ DOORS: dict[str, set[str]] = {
     "plotly": {"page"},
     "psutil": {"probe"},
     "optuna": {"sweep"},
-    "yaml": {"card", "recipe", "sweep"},
+    "yaml": {"card", "recipe", "yaml_file"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
     "evaluate": {"evals"},

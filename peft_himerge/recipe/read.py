@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from ..errors import suggest
+from ..errors import ConfigError, suggest
+from ..yaml_file import parse_yaml, read_yaml
 from .faults import Fault, RecipeError
 from .rules import check_rules
 from .schema import Budget, Recipe, Tracking
@@ -22,24 +22,6 @@ _KEYS: Mapping[str, list[str]] = {
     "tracking": list(Tracking.model_fields),
     "budget": list(Budget.model_fields),
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that is there twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key, (place, _) in zip(keys, node.value, strict=True):
-        if keys.count(key) > 1:
-            mark = place.start_mark
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is there twice", mark
-            )
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -54,7 +36,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: every fault, each with its key, what was got, and what is allowed.
     """
     file = Path(path)
-    data = _load(file)
+    try:
+        data = read_yaml(file)
+    except ConfigError as exc:
+        raise RecipeError(file, [Fault("", str(exc))]) from exc
     faults = [fault for text in overrides if (fault := _override(data, text)) is not None]
     faults += _shape(data)
     faults += check_rules(data, file)
@@ -65,20 +50,6 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _load(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise RecipeError(file, [Fault("", "there is no such file.")])
-    try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise RecipeError(file, [Fault("", f"this is no valid YAML: {exc}.")]) from exc
-    if not isinstance(data, dict):
-        keys = "adapters: {en: adapters/en, zh: adapters/zh}"
-        text = f"a recipe is a table of keys such as '{keys}', got {data!r:.80}."
-        raise RecipeError(file, [Fault("", text)])
-    return data
-
-
 def _override(data: dict[str, Any], text: str) -> Fault | None:
     key, found, raw = text.partition("=")
     parts = key.split(".")
@@ -86,7 +57,7 @@ def _override(data: dict[str, Any], text: str) -> Fault | None:
         return Fault("", f"--set {text!r}: expected KEY=VALUE, e.g. --set options.density=0.5.")
     try:
         value = _value(raw)
-    except yaml.YAMLError:
+    except ConfigError:
         return Fault("", f"--set {text!r}: the value is no valid YAML.")
     place = data
     for part in parts[:-1]:
@@ -102,7 +73,7 @@ def _value(raw: str) -> Any:
     try:
         return json.loads(raw)  # reads 1e-3 as a number, which YAML 1.1 does not
     except json.JSONDecodeError:
-        return yaml.load(raw, Loader=_Loader)
+        return parse_yaml(raw)
 
 
 def _shape(data: Mapping[str, Any]) -> list[Fault]:
