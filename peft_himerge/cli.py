@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_bench import bench
 from .cli_check import check
 from .cli_recipe import (
     Evals,
@@ -51,6 +52,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
 )
+app.command()(bench)
 app.command()(check)
 app.command()(validate)
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .layers import OUTSIDE, LayerGroup, group_modules, layer_of
 from .plan import DROP, Edit, MergePlan
 from .select import prune_, thresholds
 
-__all__ = ["Combiner", "Term", "add_to_weight"]
+__all__ = ["Combiner", "DeltaLike", "Term", "add_to_weight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,16 @@ class Term:
     adapter: str
     cut: float
     scale: float
+
+
+class DeltaLike(Protocol):
+    """One module's delta from elsewhere than a plan."""
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, fresh tensor of the delta's rows), all rows once."""
+
+    def dense(self) -> Tensor:
+        """Return the (out, in) delta."""
 
 
 class Combiner:

@@ -30,7 +30,10 @@ class HiMergeConfig(BaseModel):
         layer_scale: further factor s_l in such a layer; None is half of the adapter's scale.
         prune_scope: what density counts over: "model" (paper), "layer" or "module" (mergekit).
         search: "grid" scores density and scale over 0.1..1.0 in steps of 0.1, 100 scores per
-            adapter (paper); "coarse" takes at most 12.
+            adapter (paper); "coarse" takes at most 12; "optuna" lets Optuna's TPE choose among the
+            grid's points, after density 1 and scale 1, until `search_budget` are scored.
+        search_budget: most points per adapter that search="optuna" scores, each once on the task
+            or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
             over all tasks of the "merged" model, one adapter after the other.
         reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
@@ -68,7 +71,8 @@ class HiMergeConfig(BaseModel):
     layer_density: Density | None = None
     layer_scale: Scale | None = None
     prune_scope: Literal["model", "layer", "module"] = "model"
-    search: Literal["coarse", "grid"] = "coarse"
+    search: Literal["coarse", "grid", "optuna"] = "coarse"
+    search_budget: Annotated[int, Field(ge=1)] | None = None
     search_target: Literal["own", "merged"] = "own"
     reanalyze: Literal["once", "each"] = "once"
     accept: Literal["always", "no_regression", "best"] = "always"
@@ -94,7 +98,7 @@ class HiMergeConfig(BaseModel):
 
     @field_validator(
         *("density", "scale", "layer_density", "layer_scale"),
-        *("tolerance", "max_export_drop", "prefix_cache_gb"),
+        *("tolerance", "max_export_drop", "prefix_cache_gb", "search_budget"),
         mode="before",
     )
     @classmethod
@@ -143,6 +147,14 @@ class HiMergeConfig(BaseModel):
             self.scale,
         ):
             raise ValueError("density and scale: give both per adapter, or search both")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_read(self) -> HiMergeConfig:
+        if self.search_budget is not None and self.search != "optuna":
+            raise ValueError(
+                "search_budget is read by search='optuna' alone; leave it out, or choose that"
+            )
         return self
 
     def searches(self) -> bool:

@@ -15,7 +15,7 @@ from .combine import Combiner
 from .config import HiMergeConfig
 from .cost import Cost
 from .engine import Engine
-from .errors import ConfigError, suggest
+from .errors import ConfigError
 from .events import Listener, MergeFinished
 from .factors import Adapter
 from .identity import base_digest
@@ -28,7 +28,8 @@ from .processes import Team, together
 from .randomness import capture, install
 from .result import MergeResult, ModuleError
 from .run import Run
-from .scoring import EvalFn, Score, Task
+from .scoring import EvalFn, Score, Task, check_eval_fns
+from .search import check_search
 
 __all__ = ["apply_plan", "merge_adapters_hi", "score_plans"]
 
@@ -50,7 +51,7 @@ def merge_adapters_hi(
     training data; only the eval functions.
 
     Source: Hi-Merging (ACL 2025, arXiv 2506.12379). Where we differ from the paper's text:
-    density and scale are searched with at most 12 scores per adapter unless ``search="grid"``;
+    density and scale are searched with at most 12 scores per adapter unless `search` says so;
     with one adapter the analysis is skipped (nothing can conflict).
 
     Args:
@@ -88,6 +89,7 @@ def merge_adapters_hi(
         _check_free(model, adapter_name)
         names = _check_names(adapters, eval_fns)
         config.check_names(names, list(eval_fns))
+        check_search(config)
         read = read_adapters(model, names)
         common_base(read)
         listeners = tuple(callbacks) if team.main else ()
@@ -246,19 +248,11 @@ def _check_names(adapters: Sequence[str], eval_fns: Mapping[str, EvalFn] | None)
     names = check_adapter_names(adapters)
     if eval_fns is None:
         return names
-    if not isinstance(eval_fns, Mapping):
-        raise ConfigError(f"eval_fns must map adapter names to functions, got {eval_fns!r}.")
-    for name in names:
-        if name not in eval_fns:
-            hint = suggest(name, list(eval_fns))
-            raise ConfigError(
-                f"eval_fns has no function for adapter {name!r}: every adapter needs its task."
-                f"{hint} Without eval functions, build a plan with MergePlan.model_wise and use "
-                f"apply_plan."
-            )
-    for name, fn in eval_fns.items():
-        if not callable(fn):
-            raise ConfigError(f"eval_fns[{name!r}] must be callable, got {fn!r}.")
+    check_eval_fns(
+        names,
+        eval_fns,
+        " Without eval functions, build a plan with MergePlan.model_wise and use apply_plan.",
+    )
     return names
 
 

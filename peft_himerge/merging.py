@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import peft
 import torch
 from peft import PeftModel
-from torch import Tensor
 
-from . import card, checkpoint, export, files
+from . import export
+from .byhi import HI, merge_by_hi
 from .carried import fill
 from .combine import Combiner
-from .errors import AdapterError, ConfigError, suggest
-from .factors import Adapter
+from .errors import AdapterError, ConfigError
 from .layers import layer_of
 from .lowrank import LowRank, Rank, low_rank_of_dense, low_rank_of_product
+from .merged import AdapterMerge
 from .methods.depth import Lines
 from .methods.registry import MethodInfo, describe, get_method
 from .methods.stack import Delta, Factored, Stack
@@ -40,158 +36,10 @@ from .request import (
     prepare,
 )
 from .result import ModuleError
-from .spool import waiting
+from .scoring import EvalFn
+from .trials import Trials, tasks_of
 
-__all__ = ["AdapterMerge", "merge_adapters", "run"]
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterMerge:
-    """A finished merge by a method of the registry.
-
-    Attributes:
-        adapter_name: name of the merged adapter in `model`; frozen, and not active.
-        model: the model it was added to.
-        method: what was done.
-        weights: adapter -> weight, in the user's order.
-        options: the method's options, defaults included.
-        space: where it was done.
-        seed: what random masks were drawn from.
-        modules: per module, the rank and the error of the adapter against the exact result.
-        rank: the adapter's rank.
-        notes: what had to be done differently (an SVD that did not converge); usually empty.
-        fitted: what the method learned from data (`Fitted.report`); {} if it needed none.
-        seconds: wall time.
-    """
-
-    adapter_name: str
-    model: PeftModel
-    method: MethodInfo
-    weights: Mapping[str, float]
-    options: Mapping[str, Any]
-    space: str
-    seed: int
-    modules: tuple[ModuleError, ...]
-    rank: int
-    notes: tuple[str, ...]
-    fitted: Mapping[str, Any]
-    seconds: float
-    _deltas: Callable[[], Iterator[tuple[str, Delta]]] = field(repr=False)
-    _sources: Mapping[str, tuple[Adapter, int]] = field(repr=False)
-    _carried: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def export_error(self) -> float:
-        """Relative Frobenius error of the adapter over all modules together."""
-        whole = sum(m.norm**2 for m in self.modules)
-        lost = sum((m.error * m.norm) ** 2 for m in self.modules)
-        return float((lost / whole) ** 0.5) if whole else 0.0
-
-    def delta(self, module: str) -> Tensor:
-        """Return the exact merged delta of one module, (out, in), which the adapter approximates.
-
-        The method runs again for it: free for sums, as long as the merge for the others.
-
-        Raises:
-            AdapterError: no adapter changes that module, or a source's weights have changed since.
-        """
-        self._check_sources()
-        for found, delta in self._deltas():
-            if found == module:
-                return delta.dense()
-        raise AdapterError(
-            f"no module {module!r}.{suggest(module, [m.module for m in self.modules])}"
-        )
-
-    def _check_sources(self) -> None:
-        for name, (adapter, version) in self._sources.items():
-            if adapter.version() != version:
-                raise AdapterError(
-                    f"the weights of adapter {name!r} changed since the merge. Merge again, or "
-                    f"keep a copy of the adapter."
-                )
-
-    def save(self, folder: str | Path, *, sources: Mapping[str, str | Path] | None = None) -> Path:
-        """Write the merged adapter in PEFT's layout, report.json and the model card README.md.
-
-        Args:
-            folder: created if it is not there; files of these names are replaced.
-            sources: adapter -> folder it was loaded from, as far as you like: licences that their
-                model cards name go into ours.
-
-        Returns:
-            The folder. Load it with ``PeftModel.from_pretrained(base, folder)``.
-
-        Raises:
-            ConfigError: `sources` names another adapter.
-        """
-        licences = card.licences_of(sources, self._sources)
-        target = Path(folder)
-        facts = self.to_dict()
-        text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
-        files.write_text(target / "report.json", text + "\n")
-        base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        files.write_text(target / "README.md", card.render_card(facts, base, licences))
-        return export.save_adapter(self.model, self.adapter_name, target)
-
-    def save_merged(self, base: str | Path, folder: str | Path) -> Path:
-        """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
-
-        The method runs once more. Deltas that are no product of thin factors wait on disk, beside
-        the checkpoint, for their turn.
-
-        Raises:
-            ConfigError: the adapter also holds what is no delta (saved modules, trained tokens,
-                biases), or `base` is no plain checkpoint.
-            AdapterError: a source's weights have changed since the merge.
-            PlanError: `base` is not the adapters' base.
-        """
-        self._check_sources()
-        if self._carried:
-            raise ConfigError(
-                f"the merged adapter also holds {', '.join(self._carried)}, which are no deltas of "
-                f"base weights. Use model.merge_and_unload() for them."
-            )
-        combiner = Combiner([adapter for adapter, _ in self._sources.values()])
-        parent = Path(folder).absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent) as spool:
-            blocks = waiting(self._deltas, spool)
-            return checkpoint.save_checkpoint(base, combiner, blocks, folder)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the merge as plain JSON values; the content of report.json."""
-        return {
-            "format": "peft_himerge.adapter_merge/1",
-            "adapter_name": self.adapter_name,
-            "method": {
-                "name": self.method.name,
-                "title": self.method.title,
-                "url": self.method.url,
-                "variant": self.method.variant,
-            },
-            "weights": dict(self.weights),
-            "options": dict(self.options),
-            "space": self.space,
-            "seed": self.seed,
-            "sources": {name: adapter.digest() for name, (adapter, _) in self._sources.items()},
-            "export": {
-                "rank": self.rank,
-                "relative_error": self.export_error,
-                "modules": [
-                    {"module": m.module, "rank": m.rank, "relative_error": m.error}
-                    for m in self.modules
-                ],
-            },
-            "notes": list(self.notes),
-            "fitted": dict(self.fitted),
-            "seconds": self.seconds,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "peft": peft.__version__,
-            },
-        }
+__all__ = ["AdapterMerge", "merge_adapters", "run", "scored"]
 
 
 def merge_adapters(
@@ -209,7 +57,8 @@ def merge_adapters(
     strict_base: bool = True,
     overwrite: bool = False,
     seed: int = 0,
-    eval_fns: Mapping[str, Callable[[Any], Any]] | None = None,
+    eval_fns: Mapping[str, EvalFn] | None = None,
+    metric: str | Mapping[str, str] | None = None,
     inputs: Mapping[str, Iterable[Any]] | None = None,
     **options: Any,
 ) -> AdapterMerge:
@@ -238,18 +87,22 @@ def merge_adapters(
         strict_base: refuse adapters that name different base models.
         overwrite: replace an adapter of that name.
         seed: random masks depend on it and on the names of module and adapter, nothing else.
-        eval_fns: adapter -> what scores the model on its task, higher is better; for methods whose
-            `needs` is "scores".
+        eval_fns: adapter -> what scores the model on its task, higher is better (a number, or
+            better one per example); for methods whose `needs` is "scores". Further names are guard
+            tasks: scored at the end and reported.
+        metric: which entry of a dict of metrics is the score: one name, or one per task.
         inputs: adapter -> batches of its task (dicts of tensors, as the model takes them); for
             methods whose `needs` is "inputs" or "gradients".
         **options: the method's own.
 
     Returns:
-        An `AdapterMerge`: method, options, rank, error per module; ``save(folder)``.
+        An `AdapterMerge`: method, options, rank, error per module; ``save(folder)``. For "hi", its
+        `hi` is the `MergeResult`; journal and listeners are with `merge_adapters_hi`.
 
     Raises:
         ConfigError: an argument is not allowed; nothing was touched.
         AdapterError: an adapter cannot be merged exactly; nothing was touched.
+        EvalError: an eval function returned no score; the model was put back.
     """
     start = time.perf_counter()
     names = check_names(model, adapters, adapter_name, overwrite=overwrite)
@@ -261,6 +114,15 @@ def merge_adapters(
     else:
         raise ConfigError(f"method must be a name or a function, got {method!r}.")
     check_evidence(info, eval_fns=eval_fns, inputs=inputs)
+    if info is HI:
+        unread: dict[str, Any] = {"space": (space, "full"), "pad_rank": (pad_rank, 1)}
+        unread |= {"modules_to_save": (modules_to_save, "error"), "seed": (seed, 0)}
+        unread |= {"post": (post, None)}
+        unread |= {"strict_base": (strict_base, True)}
+        options |= {"rank": rank, "metric": metric}
+        return merge_by_hi(
+            model, names, adapter_name, eval_fns or {}, options, weights=of, unread=unread
+        )
     request = prepare(
         model,
         info,
@@ -274,7 +136,11 @@ def merge_adapters(
         least_rank=check_pad(pad_rank),
         seed=seed,
     )
-    evidence = gather(model, names, inputs, request.carried.settings, seed)
+    evidence: Callable[[Probe], Any] | None = scored(
+        info, names, eval_fns, metric, request.carried.settings
+    )
+    if evidence is None:
+        evidence = gather(model, names, inputs, request.carried.settings, seed)
     return run(model, adapter_name, request, start, evidence)
 
 
@@ -323,6 +189,33 @@ def run(
         _sources={a.name: (a, a.version()) for a in request.adapters},
         _carried=request.carried.settings,
     )
+
+
+def scored(
+    info: MethodInfo,
+    names: Sequence[str],
+    eval_fns: Mapping[str, EvalFn] | None,
+    metric: str | Mapping[str, str] | None,
+    carried: Mapping[str, Any],
+) -> Callable[[Probe], Trials] | None:
+    """Return what makes the evidence of a method that needs scores; None for others.
+
+    Raises:
+        ConfigError: the eval functions do not fit the adapters, `metric` would not be read, or the
+            adapters hold more than factors, which no score would show.
+    """
+    if info.needs == "scores":
+        if carried:
+            raise ConfigError(
+                f"method {info.name!r} scores the model with deltas alone, but these adapters also "
+                f"have {', '.join(carried)}. Choose a method that needs nothing."
+            )
+        return partial(Trials, tasks=tasks_of(names, eval_fns or {}, metric))
+    if metric is not None:
+        raise ConfigError(
+            f"method {info.name!r} needs {info.needs}, so metric would not be read. Leave it out."
+        )
+    return None
 
 
 def _compressed(request: Request) -> dict[str, LowRank]:

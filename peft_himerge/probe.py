@@ -13,7 +13,7 @@ elements):
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from .adapters import lora_layers, plain_weight
 from .blocks import BlockMemo, find_blocks
-from .combine import Combiner, Term, add_to_weight
-from .errors import AdapterError, EvalError, HiMergeError
+from .combine import Combiner, DeltaLike, Term, add_to_weight
+from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
 from .plan import MergePlan
 from .scoring import Score, Task, read_score
@@ -40,7 +40,7 @@ from .threads import one_core, spread
 __all__ = ["Probe", "Strategy", "preserved"]
 
 Strategy = Literal["auto", "fold", "lazy"]
-_Terms = tuple[Term, ...]
+_What = tuple[Term, ...] | DeltaLike
 
 
 def _rng_state() -> tuple[Any, ...]:
@@ -143,7 +143,7 @@ class Probe:
         self._bases = {m: layers[m].get_base_layer() for m in combiner.modules}
         self._check_shapes()
         self.strategy = self._choose(strategy)
-        self._shown: dict[str, _Terms] = dict.fromkeys(combiner.modules, ())
+        self._shown: dict[str, object] = dict.fromkeys(combiner.modules, ())
         self._swapped: dict[str, nn.Parameter] = {}
         self._hooks: dict[str, list[Any]] = {}
         self._adapter: str | None = None
@@ -249,22 +249,42 @@ class Probe:
         if self.strategy == "fold":
             made = spread(lambda m: self._folded(m, self._weight(m), wanted[m]), todo)
             for module, weight in zip(todo, made, strict=True):
-                self._swapped[module] = self._weight(module)
-                self._bases[module]._parameters["weight"] = weight
+                self._fold(module, weight)
                 self._shown[module] = wanted[module]
             return
         for module in todo:
             self._hooks[module] = self._hook(module, wanted[module])
             self._shown[module] = wanted[module]
 
+    def show_deltas(self, deltas: Iterable[tuple[str, DeltaLike]]) -> None:
+        """Put the given deltas into the model, each as it comes; the base's weights elsewhere.
+
+        With the strategy "fold" no delta is held on to for its size: only the folded weight is.
+
+        Raises:
+            ConfigError: a module comes twice, or is not among the combiner's.
+        """
+        self._adapter = None
+        rest = set(self.combiner.modules)
+        for module, delta in deltas:
+            if module not in rest:
+                raise ConfigError(f"module {module!r} came twice, or no adapter changes it.")
+            rest.remove(module)
+            self._clear(module)
+            if self.strategy == "fold":
+                with one_core():
+                    folded = self._folded(module, self._weight(module), delta)
+                self._fold(module, folded)
+            else:
+                self._hooks[module] = self._hook(module, delta)
+            self._shown[module] = object()  # equal to no other state; the delta may be large
+        for module in rest:
+            self._clear(module)
+
     def show_adapter(self, name: str) -> None:
         """Put the base weights back and switch one adapter on, through PEFT's own forward."""
         self.show(MergePlan.base())
         self._adapter = name
-
-    def shown(self, module: str) -> _Terms:
-        """Return the terms in place at `module`."""
-        return self._shown[module]
 
     def _clear(self, module: str) -> None:
         for hook in self._hooks.pop(module, ()):
@@ -274,31 +294,38 @@ class Probe:
             self._bases[module]._parameters["weight"] = original
         self._shown[module] = ()
 
-    def _hook(self, module: str, terms: _Terms) -> list[Any]:
+    def _hook(self, module: str, what: _What) -> list[Any]:
         base = self._bases[module]
         if plain_weight(base):
-            return self._swap_hooks(module, terms)
-        return [base.register_forward_hook(self._add_hook(module, terms))]
+            return self._swap_hooks(module, what)
+        return [base.register_forward_hook(self._add_hook(module, what))]
+
+    def _fold(self, module: str, folded: nn.Parameter) -> None:
+        self._swapped[module] = self._weight(module)
+        self._bases[module]._parameters["weight"] = folded
 
     def _weight(self, module: str) -> nn.Parameter:
         weight: nn.Parameter | None = self._bases[module]._parameters["weight"]
         assert weight is not None
         return weight
 
-    def _folded(self, module: str, weight: Tensor, terms: _Terms) -> nn.Parameter:
+    def _folded(self, module: str, weight: Tensor, what: _What) -> nn.Parameter:
         """Return W0 + delta in W0's dtype, made block by block without a dense delta."""
-        blocks = self.combiner.blocks(module, terms)
+        if isinstance(what, tuple):
+            blocks = self.combiner.blocks(module, what)
+        else:
+            blocks = what.blocks()
         new = add_to_weight(weight.detach(), self.combiner.kind(module), blocks)
         return nn.Parameter(new, requires_grad=False)
 
-    def _swap_hooks(self, module: str, terms: _Terms) -> list[Any]:
+    def _swap_hooks(self, module: str, what: _What) -> list[Any]:
         base = self._bases[module]
         kept: list[nn.Parameter] = []
 
         def before(_module: nn.Module, _args: Any) -> None:
             original = self._weight(module)
             with one_core():
-                folded = self._folded(module, original, terms)
+                folded = self._folded(module, original, what)
             kept.append(original)
             self._swapped[module] = original
             base._parameters["weight"] = folded
@@ -313,7 +340,7 @@ class Probe:
             base.register_forward_hook(after, always_call=True),
         ]
 
-    def _add_hook(self, module: str, terms: _Terms) -> Callable[..., Any]:
+    def _add_hook(self, module: str, what: _What) -> Callable[..., Any]:
         base = self._bases[module]
         if self.combiner.kind(module) != "linear":
             raise AdapterError(
@@ -322,7 +349,11 @@ class Probe:
             )
 
         def add(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            delta = self.combiner.delta(module, terms).to(args[0].device)
+            if isinstance(what, tuple):
+                delta = self.combiner.delta(module, what)
+            else:
+                delta = what.dense()
+            delta = delta.to(args[0].device)
             return output + F.linear(args[0].to(delta.dtype), delta).to(output.dtype)
 
         return add

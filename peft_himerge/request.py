@@ -110,11 +110,13 @@ def prepare(
         _check_base(read)
     else:
         read = [replace(a, base=read[0].base) for a in read]
+    stacks = tuple(stacks_of(model, read, weights, seed))
+    _check_base_is_read(info, stacks)
     defaults = {k: v for k, v in info.options.items() if k not in options}
     return Request(
         info=info,
         options=MappingProxyType({**defaults, **options}),
-        stacks=tuple(stacks_of(model, read, weights, seed)),
+        stacks=stacks,
         adapters=tuple(read),
         weights=MappingProxyType(dict(weights)),
         carried=carried_over,
@@ -263,6 +265,16 @@ def check_post(post: Any) -> Lines | None:
     if post != "lines":
         raise ConfigError(f"post must be None, 'lines' or a Lines(...), got {post!r}.")
     return Lines()
+
+
+def _check_base_is_read(info: MethodInfo, stacks: Sequence[Stack]) -> None:
+    odd = [stack.module for stack in stacks if stack.base is None]
+    if info.reads_base and odd:
+        raise ConfigError(
+            f"method {info.name!r} reads the base model's weights, and that of module {odd[0]!r} "
+            f"cannot be read: it is quantised or offloaded. Load the model in full precision, or "
+            f"choose a method that does not (reads_base is False in list_methods())."
+        )
 
 
 def _check_base(adapters: Sequence[Adapter]) -> None:

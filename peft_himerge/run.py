@@ -16,7 +16,7 @@ from .errors import ConfigError, ExportError
 from .events import ContributionsMeasured, Event, LayerResolved, Listener, MergeStarted
 from .plan import DROP, Edit, MergePlan
 from .scoring import Score, Task
-from .search import Trial, best, search_edit
+from .search import GRID, Trial, best, search_edit
 
 __all__ = ["Run"]
 
@@ -119,6 +119,9 @@ class Run:
         """Choose each adapter's density and scale (DESIGN 1.1)."""
         own_only = self.config.search_target == "own"
         for name in self.own:
+            if self.config.search == "optuna" and self.config.density == "search":
+                # It asks for few densities at a time; one pass over the deltas cuts for all.
+                self.combiner.prepare(name, GRID, self.config.prune_scope)
 
             def value(edits: Sequence[Edit], name: str = name) -> list[float]:
                 densities = [edit.density for edit in edits]

@@ -8,7 +8,7 @@ standard error. It may also return a dict of such metrics; then the task needs `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,16 @@ import numpy.typing as npt
 
 from .errors import ConfigError, EvalError, suggest
 
-__all__ = ["Difference", "Estimate", "EvalFn", "Score", "Task", "difference", "read_score"]
+__all__ = [
+    "Difference",
+    "Estimate",
+    "EvalFn",
+    "Score",
+    "Task",
+    "check_eval_fns",
+    "difference",
+    "read_score",
+]
 
 EvalFn = Callable[[Any], Any]
 Examples = npt.NDArray[np.float64]
@@ -97,6 +106,31 @@ class Difference:
     se: float | None
 
 
+def check_eval_fns(adapters: Sequence[str], eval_fns: Any, otherwise: str = "") -> None:
+    """Check that every adapter has its eval function; further names are guard tasks.
+
+    Args:
+        adapters: names of the adapters.
+        eval_fns: what the user gave.
+        otherwise: what to do without eval functions, to end the error's text with.
+
+    Raises:
+        ConfigError: it is no mapping, an adapter has none, or one cannot be called.
+    """
+    if not isinstance(eval_fns, Mapping):
+        raise ConfigError(f"eval_fns must map adapter names to functions, got {eval_fns!r}.")
+    for name in adapters:
+        if name not in eval_fns:
+            hint = suggest(name, list(eval_fns))
+            raise ConfigError(
+                f"eval_fns has no function for adapter {name!r}: every adapter needs its task."
+                f"{hint}{otherwise}"
+            )
+    for name, fn in eval_fns.items():
+        if not callable(fn):
+            raise ConfigError(f"eval_fns[{name!r}] must be callable, got {fn!r}.")
+
+
 def difference(plus: list[Score], minus: list[Score]) -> Difference:
     """Return sum(plus) - sum(minus) with the standard error over paired examples.
 
@@ -143,8 +177,8 @@ def read_score(raw: Any, task: Task) -> Score:
         got = "no metric was named" if task.metric is None else f"there is no {task.metric!r}"
         hint = suggest(task.metric or "", [str(key) for key in raw])
         raise EvalError(
-            f"the eval function of task {task.name!r} returned a dict and {got}: set metric= in "
-            f"the config.{hint}"
+            f"the eval function of task {task.name!r} returned a dict and {got}: pass metric= "
+            f"(for Hi-Merging, in its config).{hint}"
         )
     read = {str(key): _read_values(value, task, str(key)) for key, value in raw.items()}
     value, examples = read[task.metric]

@@ -2,6 +2,7 @@
 
 Source: Hi-Merging searches both over 0.1..1.0 in steps of 0.1 on the adapter's own task ("grid").
 "coarse" is ours: one line over scale, one over density, one last look, at most 12 scores.
+"optuna" asks Optuna's TPE for points of the grid, within a budget, from density 1 and scale 1 on.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 
 from .config import HiMergeConfig
 from .plan import Edit
+from .sampler import explore, import_optuna, propose
 
-__all__ = ["GRID", "Trial", "best", "budget", "search_edit"]
+__all__ = ["GRID", "Trial", "best", "budget", "check_search", "search_edit"]
 
 GRID = tuple(round(0.1 * i, 1) for i in range(1, 11))
 _COARSE_SCALE = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 _COARSE_DENSITY = (0.1, 0.2, 0.3, 0.5, 0.7)
+_OPTUNA_BUDGET = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,20 @@ def budget(config: HiMergeConfig) -> int:
     free = ("search" == config.density) + ("search" == config.scale)
     if free == 0:
         return 0
-    return len(GRID) ** free if config.search == "grid" or free == 1 else 12
+    points: int = len(GRID) ** free
+    if config.search == "optuna":
+        return min(config.search_budget or _OPTUNA_BUDGET, points)
+    return points if config.search == "grid" or free == 1 else 12
+
+
+def check_search(config: HiMergeConfig) -> None:
+    """Refuse a search that cannot run here, before anything was paid for.
+
+    Raises:
+        MissingExtraError: it needs Optuna, which is not installed.
+    """
+    if config.searches() and config.search == "optuna":
+        import_optuna("search='optuna'")
 
 
 def search_edit(
@@ -57,15 +73,22 @@ def search_edit(
 
     def look(densities: Sequence[float], scales: Sequence[float]) -> None:
         edits = [Edit(p, s) for p in densities for s in scales]
-        edits = [e for e in edits if all(e != t.edit for t in trials)]
-        values = value(edits)
-        trials.extend(Trial(adapter, e, v) for e, v in zip(edits, values, strict=True))
+        score([e for e in edits if all(e != t.edit for t in trials)])
 
+    def score(edits: Sequence[Edit]) -> list[float]:
+        values = list(value(edits))
+        trials.extend(Trial(adapter, e, v) for e, v in zip(edits, values, strict=True))
+        return values
+
+    densities = GRID if free_density else (given.density,)
+    scales = GRID if free_scale else (given.scale,)
+    if config.search == "optuna":
+        start = (densities[-1], scales[-1])
+        points = propose("optuna", (densities, scales), budget(config), first=[start])
+        explore(points, lambda batch: score([Edit(*point) for point in batch]))
+        return trials
     if not (free_density and free_scale) or config.search == "grid":
-        look(
-            GRID if free_density else (given.density,),
-            GRID if free_scale else (given.scale,),
-        )
+        look(densities, scales)
         return trials
     # Scale first: on real adapters it decides more than density does, and the trials at density 1
     # cost no threshold.

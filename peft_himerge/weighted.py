@@ -18,14 +18,17 @@ from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraModel
 
 from .adapters import check_config
+from .byhi import HI, merge_by_hi
 from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
 from .lowrank import LowRank, low_rank_of_product
-from .merging import AdapterMerge, run
+from .merged import AdapterMerge
+from .merging import run, scored
 from .methods.registry import MethodInfo, get_method, list_methods
 from .overwrite import taking_over
 from .probe import preserved
-from .request import check_names, check_weights, prepare
+from .request import check_evidence, check_names, check_weights, prepare
+from .scoring import EvalFn
 
 __all__ = ["COMBINATION_TYPES", "add_weighted_adapter"]
 
@@ -70,6 +73,8 @@ def add_weighted_adapter(
     modules_to_save: str = "sole",
     strict_base: bool = True,
     seed: int = 0,
+    eval_fns: Mapping[str, EvalFn] | None = None,
+    metric: str | Mapping[str, str] | None = None,
 ) -> AdapterMerge | None:
     """Add the weighted combination of adapters as a new adapter: PEFT's call, on true deltas.
 
@@ -89,9 +94,10 @@ def add_weighted_adapter(
         adapter_name: name of the new adapter, which is frozen and not active.
         combination_type: one of PEFT's: svd, linear, cat (the exact weighted sum; they differ in
             rank only), ties, dare_linear, dare_ties, magnitude_prune, each also with _svd; or a
-            method of the registry (`list_methods`), with its default options.
+            method of the registry (`list_methods`), with its default options, among them "hi".
         svd_rank: rank of the new adapter, whatever the type. Without it: the sum of the ranks for
-            cat, else the largest rank of any source. `export_error` of the result says what the
+            cat, "auto" (`HiMergeConfig.rank`) for hi, else the largest rank of any source.
+            `export_error` of the result says what the
             rank costs.
         svd_clamp: quantile in [0, 1] at which the entries of U * S and V are clamped.
         svd_full_matrices: accepted and without effect: no full SVD is ever computed.
@@ -105,6 +111,9 @@ def add_weighted_adapter(
             "first" or "average".
         strict_base: refuse adapters that name different base models.
         seed: of random masks.
+        eval_fns: adapter -> what scores the model on its task, higher is better; for hi and the
+            other types that need scores.
+        metric: which entry of a dict of metrics is the score: one name, or one per task.
 
     Returns:
         An `AdapterMerge`, with the error against the exact result.
@@ -117,12 +126,19 @@ def add_weighted_adapter(
     names = check_names(owner, adapters, adapter_name, overwrite=overwrite)
     of = check_weights(names, weights)
     _refuse_configs(owner, names)
-    if compat not in (None, "peft"):
-        raise ConfigError(f"compat must be None or 'peft', got {compat!r}.")
     strict = compat == "peft" or isinstance(model, LoraModel)
     rank = _new_rank(owner, names, combination_type, svd_rank, strict=strict)
-    _check_svd(svd_clamp, svd_driver)
+    _check_svd(svd_clamp, svd_driver, compat)
     info, options = _method(combination_type, density, majority_sign_method, alone=len(names) == 1)
+    _check_needs(info, model, eval_fns, compat)
+    if info is HI:
+        unread: dict[str, Any] = {"svd_clamp": (svd_clamp, None), "seed": (seed, 0)}
+        unread |= {"strict_base": (strict_base, True)}
+        unread |= {"modules_to_save": (modules_to_save, "sole", "error")}
+        options |= {"rank": "auto" if svd_rank is None else svd_rank, "metric": metric}
+        return merge_by_hi(
+            owner, names, adapter_name, eval_fns or {}, options, weights=of, unread=unread
+        )
     request = prepare(
         owner,
         info,
@@ -136,7 +152,8 @@ def add_weighted_adapter(
         seed=seed,
     )
     if compat is None:
-        return run(owner, adapter_name, request, start)
+        evidence = scored(info, names, eval_fns, metric, request.carried.settings)
+        return run(owner, adapter_name, request, start, evidence)
     numbers = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
 
     def own(made: str) -> None:
@@ -190,7 +207,7 @@ def _new_rank(
         *(
             m.name
             for m in list_methods()
-            if m.name not in COMBINATION_TYPES and m.needs == "nothing"
+            if m.name not in COMBINATION_TYPES and m.needs in ("nothing", "scores")
         ),
     )
     if combination_type not in known:
@@ -228,9 +245,9 @@ def _method(
             f"density is the kept share and must be in [0, 1], got {density!r}. Leave it out to "
             f"prune nothing."
         )
-    if alone:
-        return get_method("cat"), {}
     info = get_method(COMBINATION_TYPES.get(combination_type, combination_type))
+    if alone and info.needs == "nothing":
+        return get_method("cat"), {}
     if "density" in info.options and density is None and combination_type in COMBINATION_TYPES:
         raise ConfigError(
             f"combination_type={combination_type!r} needs density, the share of entries to keep "
@@ -244,12 +261,26 @@ def _method(
     return info, options
 
 
+def _check_needs(
+    info: MethodInfo, model: Any, eval_fns: Mapping[str, EvalFn] | None, compat: str | None
+) -> None:
+    """Refuse a method that cannot be run from here, or without what it needs."""
+    check_evidence(info, eval_fns=eval_fns)
+    if info.needs != "nothing" and (compat is not None or not isinstance(model, PeftModel)):
+        raise ConfigError(
+            f"combination_type={info.name!r} scores the model: pass the PeftModel that the eval "
+            f"functions are for, and leave compat out."
+        )
+
+
 def _share(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and 0.0 <= value <= 1.0
 
 
-def _check_svd(svd_clamp: Any, svd_driver: Any) -> None:
+def _check_svd(svd_clamp: Any, svd_driver: Any, compat: Any) -> None:
+    if compat not in (None, "peft"):
+        raise ConfigError(f"compat must be None or 'peft', got {compat!r}.")
     if svd_driver not in _DRIVERS:
         raise ConfigError(f"svd_driver must be one of {_DRIVERS}, got {svd_driver!r}.")
     if svd_clamp is not None and not _share(svd_clamp):

@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "randomness": {"errors"},
     "yaml_file": {"errors"},
     "processes": {"errors"},
+    "sampler": {"errors"},
     "factors": {"errors", "threads"},
     # floor 2: options, and what is computed from the nouns
     "config": {"errors", "plan"},
@@ -41,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "adapters": {"errors", "factors"},
     "contribution": {"errors", "layers", "plan", "scoring"},
     # floor 3: decisions, deltas, what a score rests on
-    "search": {"config", "errors", "plan"},
+    "search": {"config", "errors", "plan", "sampler"},
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
     "folders": {"adapters", "errors", "factors"},
@@ -67,7 +68,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"combine", "errors", "factors", "files"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
-        *("batches", "mixture", "threads"),
+        *("batches", "mixture", "sampler", "scoring", "threads"),
     },
     "engine": {
         *("blocks", "combine", "cost", "errors", "events", "identity", "journal", "ledger"),
@@ -98,16 +99,24 @@ ROOMS: dict[str, set[str]] = {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
+    "trials": {"errors", "methods", "probe", "scoring"},
     "spool": {"checkpoint", "methods"},
+    "merged": {
+        *("card", "checkpoint", "combine", "errors", "export", "factors", "files", "methods"),
+        *("result", "spool"),
+    },
+    "byhi": {
+        *("adapters", "config", "errors", "hi", "merged", "methods", "overwrite", "result"),
+        "scoring",
+    },
     "merging": {
-        *("card", "checkpoint", "files", "overwrite", "spool"),
-        *("adapters", "carried", "combine", "errors", "export", "factors", "layers", "lowrank"),
-        *("methods", "mixture", "plan", "probe", "request", "result"),
+        *("adapters", "byhi", "carried", "combine", "errors", "export", "factors", "layers"),
+        *("lowrank", "merged", "methods", "mixture", "overwrite", "plan", "probe", "request"),
+        *("result", "scoring", "trials"),
     },
     "weighted": {
-        "overwrite",
-        *("adapters", "carried", "config", "errors", "hi", "lowrank", "merging", "methods"),
-        *("probe", "request", "result"),
+        *("adapters", "byhi", "carried", "config", "errors", "hi", "lowrank", "merged"),
+        *("merging", "methods", "overwrite", "probe", "request", "result", "scoring"),
     },
     # floor 8: merges inside a training run, and who listens to them
     "guests": {"adapters", "errors", "folders"},
@@ -129,8 +138,8 @@ ROOMS: dict[str, set[str]] = {
         *("lowrank", "plan", "report", "result"),
     },
     "sweep": {
-        *("config", "errors", "events", "hi", "probe", "result", "scoring", "tracking"),
-        "yaml_file",
+        *("config", "errors", "events", "hi", "probe", "result", "sampler", "scoring"),
+        *("tracking", "yaml_file"),
     },
     "recipe": {
         *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
@@ -142,12 +151,17 @@ ROOMS: dict[str, set[str]] = {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
         *("request", "result", "tracking", "weighted"),
     },
+    "bench": {
+        *("adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
+        *("identity", "methods", "plan", "probe", "request", "result", "scoring", "trials"),
+    },
+    "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
     "cli_recipe": {
         *("errors", "offline", "processes", "progress", "recipe", "result", "tables"),
     },
     "cli": {
-        *("cli_check", "cli_recipe", "recipe"),
+        *("cli_bench", "cli_check", "cli_recipe", "recipe"),
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
         *("cli_report", "preview", "processes", "sweep", "tables"),
@@ -176,6 +190,7 @@ NO_TORCH = {
     "scoring",
     "contribution",
     "conflict",
+    "sampler",
     "search",
     "events",
     "page",
@@ -185,9 +200,10 @@ NO_TORCH = {
     "progress",
 }
 MODELS = {
+    "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("carried", "merging", "overwrite", "offline", "request", "result", "rounds", "sweep"),
-    *("mixture", "recipe", "training", "weighted"),
+    *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
+    *("recipe", "result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -217,7 +233,7 @@ DOORS: dict[str, set[str]] = {
     "jinja2": {"page"},
     "plotly": {"page"},
     "psutil": {"probe"},
-    "optuna": {"sweep"},
+    "optuna": {"sampler"},
     "yaml": {"card", "recipe", "yaml_file"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
@@ -227,7 +243,7 @@ DOORS: dict[str, set[str]] = {
     "sacrebleu": {"evals"},
     "scipy": {"evals"},
     "tqdm": {"evals"},
-    "typer": {"cli", "cli_check", "cli_recipe", "cli_report"},
+    "typer": {"cli", "cli_bench", "cli_check", "cli_recipe", "cli_report"},
     "rich": {"cli", "cli_check", "cli_recipe", "cli_report", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},

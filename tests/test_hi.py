@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from snapshot import bits, moved, snapshot
 from peft_himerge import HiMergeConfig, MergePlan, MergeResult, apply_plan, merge_adapters_hi
 from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
-from peft_himerge.errors import AdapterError, ConfigError, EvalError
+from peft_himerge.errors import AdapterError, ConfigError, EvalError, MissingExtraError
 
 FIXED = {"density": 0.4, "scale": 0.9}
 NUMBERS = (
@@ -509,6 +510,20 @@ def test_merge_with_search_on_the_merged_model_never_ends_below_its_start() -> N
     assert max(t.value for t in result.search) == pytest.approx(
         np.mean([*result.scores["model_wise"].values()]), abs=1e-12
     )
+
+
+def test_a_search_that_cannot_run_is_refused_before_anything_is_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, names, fns = case("llama", 2)
+    before = snapshot(model)
+    calls: list[str] = []
+    heard = {name: lambda m, name=name: calls.append(name) for name in fns}
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingExtraError, match="needs Optuna"):
+        merge_adapters_hi(model, names, heard, config=HiMergeConfig(search="optuna"))
+    assert calls == []
+    assert moved(before, snapshot(model)) == []
 
 
 def test_merge_twice_in_one_model_gives_the_same_numbers() -> None:

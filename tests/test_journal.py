@@ -442,6 +442,34 @@ def test_a_merge_that_fails_closes_its_journal(tmp_path: Path) -> None:
     assert facts(result) == facts(whole)
 
 
+@pytest.mark.parametrize("target", ["own", "merged"])
+def test_a_search_by_optuna_goes_on_where_it_stopped(tmp_path: Path, target: str) -> None:
+    options: dict[str, Any] = {
+        **{"density": "search", "scale": "search", "search": "optuna", "search_budget": 12},
+        **{"search_target": target, "accept": "no_regression"},
+    }
+    fns, calls = counted(NAMES)
+    whole = merge(tiny.peft_model("llama"), NAMES, fns, None, **options)
+    searched = [t for t in whole.search if t.adapter == "en"]
+    assert len(searched) == 12
+    assert whole.plan.adapters["en"] == max(searched, key=lambda t: t.value).edit
+    calls.clear()
+    good = fns["en"]
+
+    def bad(model: Any) -> Any:
+        if calls["en"] == 9:
+            raise ValueError("out of luck")
+        return good(model)
+
+    bad.fingerprint = good.fingerprint  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="out of luck"):
+        merge(tiny.peft_model("llama"), NAMES, {**fns, "en": bad}, tmp_path, **options)
+    computed = calls.total()
+    result = merge(tiny.peft_model("llama"), NAMES, fns, tmp_path, **options)
+    assert computed + result.scores_computed == whole.scores_computed == calls.total()
+    assert facts(result) == facts(whole)
+
+
 KILLED = """
 import json, os, random, signal, sys, time
 from pathlib import Path

@@ -64,6 +64,18 @@ def test_the_analysis_costs_4l_plus_3_scores_per_task(n: int, n_layers: int) -> 
         ({"density": "search", "scale": 1.0}, 2 * 10, 7),
         ({"density": "search", "scale": "search", "search": "grid"}, 2 * 100, 7),
         ({"density": "search", "scale": 1.0, "search_target": "merged"}, 2 * 10 * 3, 6),
+        ({"density": "search", "scale": "search", "search": "optuna"}, 2 * 20, 7),
+        (
+            {
+                "density": "search",
+                "scale": "search",
+                "search": "optuna",
+                "search_budget": 7,
+                "search_target": "merged",
+            },
+            2 * 7 * 3,
+            6,
+        ),
     ],
 )
 def test_a_search_pays_for_states_that_later_steps_find(
@@ -148,6 +160,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"reanalyze": "each", "accept": "no_regression"},
     {"density": "search", "scale": "search"},
     {"density": "search", "scale": 0.5, "search_target": "merged", "accept": "no_regression"},
+    {"density": "search", "scale": "search", "search": "optuna", "search_budget": 9},
 ]
 
 

@@ -42,6 +42,7 @@ import peft_himerge.engine as engine
 folder, NAMES = Path(sys.argv[2]), ["zh", "en"]
 SEARCH = {"density": "search", "scale": 0.9, "reanalyze": "each", "accept": "no_regression"}
 FIXED = {"density": 0.4, "scale": 0.9}
+OPTUNA = {"search": "optuna", "search_budget": 10}
 
 def one(name, size, rank, wrong):
     torch.manual_seed(rank); random.seed(rank); np.random.seed(rank)
@@ -74,7 +75,8 @@ def one(name, size, rank, wrong):
     if wrong == "slow":
         engine._EXCHANGE_SECONDS = 0.01 * (1 + rank)
     before = torch.get_rng_state(), random.getstate()
-    config = HiMergeConfig(**(FIXED if wrong else SEARCH), max_export_drop=None)
+    options = {None: SEARCH, "optuna": OPTUNA}.get(wrong, FIXED)
+    config = HiMergeConfig(**options, max_export_drop=None)
     fns = {name: fn_of(name) for name in names}
     journal = folder / f"{name}.jsonl" if wrong in (None, "slow") else None
     found = {"rank": rank}
@@ -151,7 +153,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder = tmp_path_factory.mktemp("teams")
     plain: list[tuple[str, int, str | None]] = [("one", 1, None), ("two", 2, None)]
     plain += [("three", 3, None), ("one", 3, None)]
-    return run_teams(folder, [*plain, ("slow", 3, "slow"), ("alone", 1, "slow")])
+    plain += [("slow", 3, "slow"), ("alone", 1, "slow")]
+    return run_teams(folder, [*plain, ("search", 2, "optuna"), ("search alone", 1, "optuna")])
 
 
 def results(team: Mapping[Any, Any]) -> list[Any]:
@@ -166,6 +169,12 @@ def test_any_number_of_processes_gives_the_same_bits(good: Told) -> None:
     assert results(good["three"]) == [want] * 3
     assert want["result"]["contributions"]
     assert results(good["slow"]) == results(good["alone"]) * 3
+
+
+def test_every_process_asks_optuna_for_the_same_points(good: Told) -> None:
+    assert results(good["search"]) == results(good["search alone"]) * 2
+    calls = {seen["calls"] for seen in good["search alone"].values()}
+    assert {sum(seen["calls"] for seen in good["search"].values())} == calls
 
 
 def test_the_work_is_split_and_nothing_is_done_twice(good: Told) -> None:

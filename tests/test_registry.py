@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from peft_himerge import HiMergeConfig
 from peft_himerge.errors import ConfigError
 from peft_himerge.methods import get_method, list_methods, method
 from peft_himerge.methods.registry import REQUIRED, describe
@@ -27,7 +28,8 @@ def test_every_method_says_what_it_is() -> None:
         assert info.variant, info.name
         assert info.summary.endswith((".", "``")), (info.name, info.summary)
         assert get_method(info.name) == info
-        text = inspect.getdoc(info.function) or ""
+        documented = HiMergeConfig if info.name == "hi" else info.function
+        text = inspect.getdoc(documented) or ""
         for option in info.options:
             assert f"{option}:" in text, (info.name, option)
         assert info.low_rank != info.elementwise or not info.low_rank, info.name
@@ -85,6 +87,19 @@ def test_options_that_merge_adapters_takes_itself_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="'seed', which is an argument of merge_adapters"):
         describe(odd, "odd")
+
+
+def test_who_needs_what_is_told() -> None:
+    needs = {name: get_method(name).needs for name in ("hi", "greedy_soup", "map", "ties")}
+    assert needs == {"hi": "scores", "greedy_soup": "scores", "map": "scores", "ties": "nothing"}
+    assert get_method("coefficient_search").needs == "scores"
+    assert [m.name for m in list_methods() if m.reads_base] == ["widen"]
+
+
+def test_the_options_of_hi_are_those_of_its_config() -> None:
+    shared = {"rank", "metric"}  # arguments of merge_adapters itself
+    assert set(get_method("hi").options) == set(HiMergeConfig.model_fields) - shared
+    assert get_method("hi").options["density"] == "search"
 
 
 def test_positional_options_and_unknown_needs_are_refused() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import pytest
 
 from peft_himerge import Edit, HiMergeConfig
-from peft_himerge.search import GRID, Trial, best, budget, search_edit
+from peft_himerge.errors import MissingExtraError
+from peft_himerge.search import GRID, Trial, best, budget, check_search, search_edit
 
 
 def run(config: HiMergeConfig, peak: tuple[float, float]) -> tuple[list[Trial], list[Edit]]:
@@ -51,6 +53,41 @@ def test_search_leaves_the_given_one_alone(kind: str) -> None:
     assert len(asked) == 10 == budget(HiMergeConfig(search=kind, scale=0.9))
     trials, asked = run(HiMergeConfig(search=kind, density=0.5), (0.6, 0.2))
     assert best(trials).edit == Edit(0.5, 0.2)
+
+
+@pytest.mark.parametrize("most", [1, 5, 20, 37])
+def test_optuna_asks_for_so_many_points_of_the_grid_and_none_twice(most: int) -> None:
+    config = HiMergeConfig(search="optuna", search_budget=most)
+    trials, asked = run(config, (0.4, 0.7))
+    assert len(asked) == len(set(asked)) == len(trials) == most == budget(config)
+    assert asked[0] == Edit(1.0, 1.0)
+    assert all(e.density in GRID and e.scale in GRID for e in asked)
+    assert run(config, (0.4, 0.7)) == (trials, asked)
+
+
+def test_optuna_goes_where_the_scores_are_high() -> None:
+    trials, asked = run(HiMergeConfig(search="optuna", search_budget=30), (0.4, 0.7))
+    assert best(trials).value > -0.15  # 7 of the 100 points of the grid are as good
+    distance = [abs(e.density - 0.4) + abs(e.scale - 0.7) for e in asked]
+    assert sum(distance[-10:]) < sum(distance[:10])
+
+
+def test_optuna_leaves_the_given_one_alone_and_ends_with_the_grid() -> None:
+    config = HiMergeConfig(search="optuna", scale=0.9, search_budget=50)
+    trials, asked = run(config, (0.6, 0.1))
+    assert {e.scale for e in asked} == {0.9}
+    assert sorted(e.density for e in asked) == list(GRID)
+    assert budget(config) == 10
+    assert best(trials).edit == Edit(0.6, 0.9)
+
+
+def test_a_search_by_optuna_without_optuna_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_search(HiMergeConfig(search="optuna"))
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingExtraError, match="search='optuna' needs Optuna"):
+        check_search(HiMergeConfig(search="optuna"))
+    check_search(HiMergeConfig(search="optuna", density=0.5, scale=1.0))
+    check_search(HiMergeConfig())
 
 
 def test_budget_is_the_number_of_scores() -> None:

@@ -2,10 +2,10 @@
 
 Sums of whole deltas: `linear`, `angles` (means on the sphere), `depth` (per layer). Entry by entry:
 `sparse` (prune and vote), `compete` (entries judged by all adapters). In joint coordinates:
-`subspace`, `wudi`, `widen`. From what the live model does on inputs: `regmean`, `fisher`,
-`learned`, `experts`. `spaces` lends small coordinates to the methods that work entry by entry,
-`bank` keeps several adapters in less room. A method reads `stack`s, and `mixture.Evidence` if it
-needs inputs.
+`subspace`, `wudi`, `widen`. By scores: `soup`, `pareto`, `tuned`. From what the live model does on
+inputs: `regmean`, `fisher`, `learned`, `experts`. `spaces` lends small coordinates to the methods
+that work entry by entry, `bank` keeps several adapters in less room. A method reads `stack`s, and
+`scored.Scorer` or `mixture.Evidence` if it needs scores or inputs.
 """
 
 from . import angles as angles
@@ -15,9 +15,12 @@ from . import experts as experts
 from . import fisher as fisher
 from . import learned as learned
 from . import linear as linear
+from . import pareto as pareto
 from . import regmean as regmean
+from . import soup as soup
 from . import sparse as sparse
 from . import subspace as subspace
+from . import tuned as tuned
 from . import widen as widen
 from . import wudi as wudi
 from .registry import MethodInfo as MethodInfo

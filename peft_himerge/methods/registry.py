@@ -27,6 +27,7 @@ __all__ = [
     "get_method",
     "list_methods",
     "method",
+    "register",
 ]
 
 Needs = Literal["nothing", "scores", "inputs", "gradients"]
@@ -58,6 +59,7 @@ _RESERVED = (
     "seed",
     "eval_fns",
     "inputs",
+    "metric",
 )
 
 
@@ -83,8 +85,10 @@ class MethodInfo:
         title: what the paper calls it.
         url: the paper.
         variant: whose reading of it this is: "authors", "peft", "mergekit", "ours", ...
-        needs: what it needs beside the adapters: "nothing", "scores" (eval functions), "inputs"
-            (unlabelled examples) or "gradients" (of a loss on them).
+        needs: what it needs from you beside the adapters: "nothing", "scores" (eval functions),
+            "inputs" (unlabelled examples) or "gradients" (of a loss on them).
+        reads_base: True if it reads the base model's weights too, so that it cannot run without a
+            model, or on a quantised one.
         low_rank: True if the result is an exact product of thin factors, so that the exported
             adapter loses nothing.
         elementwise: True if it reads deltas entry by entry, so that it also runs in the spaces
@@ -104,6 +108,7 @@ class MethodInfo:
     options: Mapping[str, Any] = field(repr=False)
     function: Callable[..., Any] = field(repr=False, compare=False)
     summary: str = ""
+    reads_base: bool = False
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse options the method does not have, and the lack of one that it needs.
@@ -133,6 +138,7 @@ def describe(
     needs: Needs = "nothing",
     low_rank: bool = False,
     elementwise: bool = False,
+    reads_base: bool = False,
 ) -> MethodInfo:
     """Return the record of a function without registering it (a user's own method).
 
@@ -172,6 +178,7 @@ def describe(
         options=MappingProxyType(options),
         function=function,
         summary=summary,
+        reads_base=reads_base,
     )
 
 
@@ -184,6 +191,7 @@ def method(
     needs: Needs = "nothing",
     low_rank: bool = False,
     elementwise: bool = False,
+    reads_base: bool = False,
 ) -> Callable[[_F], _F]:
     """Register the decorated function under `name`; it is returned untouched.
 
@@ -195,30 +203,44 @@ def method(
         needs: see `MethodInfo`.
         low_rank: see `MethodInfo`.
         elementwise: see `MethodInfo`.
+        reads_base: see `MethodInfo`.
 
     Raises:
         ConfigError: the name is taken, or the function has positional options.
     """
 
-    def register(function: _F) -> _F:
-        if name in _METHODS:
-            taken = _METHODS[name].function
-            raise ConfigError(
-                f"the method name {name!r} is taken by {taken.__module__}.{taken.__qualname__}."
+    def decorate(function: _F) -> _F:
+        register(
+            describe(
+                function,
+                name,
+                title=title,
+                url=url,
+                variant=variant,
+                needs=needs,
+                low_rank=low_rank,
+                elementwise=elementwise,
+                reads_base=reads_base,
             )
-        _METHODS[name] = describe(
-            function,
-            name,
-            title=title,
-            url=url,
-            variant=variant,
-            needs=needs,
-            low_rank=low_rank,
-            elementwise=elementwise,
         )
         return function
 
-    return register
+    return decorate
+
+
+def register(info: MethodInfo) -> MethodInfo:
+    """Take a record into the registry and return it; for methods that have a door of their own.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if info.name in _METHODS:
+        taken = _METHODS[info.name].function
+        raise ConfigError(
+            f"the method name {info.name!r} is taken by {taken.__module__}.{taken.__qualname__}."
+        )
+    _METHODS[info.name] = info
+    return info
 
 
 def get_method(name: str) -> MethodInfo:

@@ -25,6 +25,8 @@ from ..factors import LoraFactors, working_dtype
 
 __all__ = ["Delta", "Dense", "Factored", "Result", "Stack", "StackLike", "named_generator"]
 
+_ROWS = 256  # rows of a dense delta that are copied at a time
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factored:
@@ -42,6 +44,10 @@ class Factored:
         """Return the (out, in) product."""
         return self.b @ self.a
 
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, fresh tensor of those rows of the product), block by block."""
+        yield from LoraFactors(a=self.a, b=self.b, scaling=1.0).blocks()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
@@ -56,6 +62,12 @@ class Dense:
     def dense(self) -> Tensor:
         """Return the delta."""
         return self.delta
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, a copy of those rows), block by block."""
+        for start in range(0, self.delta.shape[0], _ROWS):
+            rows = slice(start, min(start + _ROWS, self.delta.shape[0]))
+            yield rows, self.delta[rows].clone()
 
 
 Delta = Factored | Dense

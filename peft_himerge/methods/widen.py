@@ -35,8 +35,9 @@ class _Columns:
     "widen",
     title="WIDEN",
     url="https://arxiv.org/abs/2408.03092",
-    variant="authors; reads the base weights",
+    variant="authors",
     low_rank=True,
+    reads_base=True,
 )
 def widen(
     stacks: Sequence[Stack], *, lam: float = 1.0, ratio: float = 1.0, calibration: float = 1.0

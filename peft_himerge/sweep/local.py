@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, HiMergeError, MissingExtraError
+from ..errors import ConfigError, HiMergeError
 from ..events import Event, Listener, MergeStarted, StateScored
+from ..sampler import import_optuna
 from ..tracking.book import overall
 from .agent import Merge
 from .recipe import Sweep
@@ -67,7 +68,7 @@ def run_local(
         ConfigError: the study was made for another space, or no trial succeeded.
         MissingExtraError: Optuna is not installed.
     """
-    optuna = _optuna()
+    optuna = import_optuna("a local sweep")
     wanted = trials or sweep.trials or 20
     opened = _open(sweep, study, seed)
     states = (
@@ -99,18 +100,8 @@ def run_local(
     return _outcome(opened)
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as exc:
-        raise MissingExtraError(
-            "local sweeps need Optuna: pip install 'peft-himerge[sweep]'."
-        ) from exc
-    return optuna
-
-
 def _open(sweep: Sweep, file: str | Path | None, seed: int) -> Any:
-    optuna = _optuna()
+    optuna = import_optuna("a local sweep")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -186,11 +177,11 @@ class _FirstTask:
                 self._done = True
                 self._trial.report(event.score.value, 0)
                 if self._trial.should_prune():
-                    raise _optuna().TrialPruned
+                    raise import_optuna("a local sweep").TrialPruned
 
 
 def _outcome(study: Any) -> Outcome:
-    optuna = _optuna()
+    optuna = import_optuna("a local sweep")
     complete = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
     if not complete:
         raise ConfigError("no trial of the sweep succeeded; see the log for the reasons.")

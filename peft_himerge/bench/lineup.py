@@ -1,0 +1,118 @@
+"""Who takes part: every method with what it may choose from, and nothing that was tuned on a test.
+
+Ranges are the papers' own, or what their authors sweep. A method that has no coefficient of its own
+chooses its weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from ..config import HiMergeConfig
+from ..errors import ConfigError, suggest
+
+__all__ = ["LINEUP", "Contender", "choose"]
+
+_WEIGHTS = (0.3, 0.5, 0.7, 1.0)
+_DENSITIES = (0.2, 0.5, 0.8)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        name: short name, also of its files.
+        title: what the table calls it.
+        method: a method of the registry, merged at each of `weights` and `choices`; "" for one
+            that is not (`hi`).
+        weights: what every adapter's weight may be.
+        choices: option of the method -> what it may be.
+        space: where the method runs.
+        hi: Hi-Merging's options, for its variants.
+        most: the most adapters it can merge.
+    """
+
+    name: str
+    title: str
+    method: str = ""
+    weights: tuple[float, ...] = _WEIGHTS
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    space: str = "full"
+    hi: HiMergeConfig | None = None
+    most: int | None = None
+
+
+def _row(
+    name: str,
+    title: str,
+    method: str,
+    weights: tuple[float, ...] = _WEIGHTS,
+    *,
+    space: str = "full",
+    most: int | None = None,
+    **choices: tuple[Any, ...],
+) -> Contender:
+    options = MappingProxyType(choices)
+    return Contender(name, title, method, weights, options, space=space, most=most)
+
+
+LINEUP: tuple[Contender, ...] = (
+    _row("plain_sum", "plain sum", "cat", (1.0,)),
+    _row("average", "average", "average", (1.0,)),
+    _row("task_arithmetic", "Task Arithmetic", "task_arithmetic"),
+    _row("slerp", "SLERP", "slerp", (1.0,), t=(0.5, 0.3, 0.4, 0.6, 0.7), most=2),
+    _row("karcher", "Karcher mean", "karcher", (1.0, 0.5), lam=(1.0, 0.7, 1.4)),
+    _row("model_stock", "Model Stock", "model_stock", (1.0,), lam=(1.0, 1.5, 2.0)),
+    _row("lines", "LiNeS + sum", "lines", (1.0, 0.7), first=(0.5, 0.3, 0.1), last=(1.0, 0.7)),
+    _row("ties", "TIES", "ties", density=_DENSITIES),
+    _row("dare_linear", "DARE", "dare_linear", density=_DENSITIES),
+    _row("dare_ties", "DARE-TIES", "dare_ties", density=_DENSITIES, trim=(1.0, 0.2)),
+    _row("della", "DELLA", "della", density=_DENSITIES, window=(0.2,)),
+    _row("breadcrumbs", "Breadcrumbs", "breadcrumbs", density=(0.15, 0.5, 0.8), lam=(1.0,)),
+    _row("sce", "SCE", "sce", select_topk=(1.0, 0.5, 0.2)),
+    _row("consensus", "Consensus TA", "consensus", threshold=(0.2, 0.4, 0.6), agree=(1, 2)),
+    _row("pcb", "PCB-Merging", "pcb", density=(0.05, 0.1, 0.2), lam=(1.0,)),
+    _row("knots_ties", "KnOTS-TIES", "ties", space="knots", density=(1.0, 0.5, 0.2)),
+    _row("core_ties", "Core Space TIES", "ties", space="core", density=(1.0, 0.5, 0.2)),
+    _row("tsv_m", "TSV-M", "tsv_m"),
+    _row("iso_c", "Iso-C", "iso_c"),
+    _row("iso_cts", "Iso-CTS", "iso_cts"),
+    _row("wudi", "WUDI", "wudi"),
+    _row("widen", "WIDEN", "widen"),
+    Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig()),
+    Contender(
+        "hi_careful",
+        "Hi-Merging, careful",
+        hi=HiMergeConfig(search_target="merged", accept="no_regression"),
+    ),
+    Contender(
+        "hi_best",
+        "Hi-Merging, best of edits",
+        hi=HiMergeConfig(search_target="merged", accept="best"),
+    ),
+)
+
+
+def choose(names: Sequence[str], adapters: int) -> tuple[Contender, ...]:
+    """Return the contenders of these names, in the order of the table; all if none is named.
+
+    Args:
+        names: names of `LINEUP`.
+        adapters: how many adapters are merged; who cannot merge as many is left out.
+
+    Raises:
+        ConfigError: a name is not known.
+    """
+    known = {contender.name: contender for contender in LINEUP}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"there is no contender {name!r}.{suggest(name, known)}")
+    return tuple(
+        c
+        for c in LINEUP
+        if (not names or c.name in names) and (c.most is None or adapters <= c.most)
+    )

@@ -1,0 +1,302 @@
+"""The loop of a benchmark: setting by setting, row by row; every cell is kept once it is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..adapters import read_adapters
+from ..combine import Combiner
+from ..config import HiMergeConfig
+from ..errors import ConfigError
+from ..files import write_text
+from ..folders import load_peft_model
+from ..hi import merge_adapters_hi, score_plans
+from ..identity import adapter_digest, base_digest
+from ..methods.registry import get_method
+from ..plan import IDENTITY, MergePlan
+from ..probe import Probe, preserved
+from ..request import prepare
+from ..result import versions
+from ..scoring import Score, Task
+from ..trials import Trials
+from .lineup import Contender, choose
+from .tasks import BenchTask, load_tasks
+
+__all__ = ["Options", "run_bench"]
+
+_EXPORTED = "bench_exported"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every cell depends on beside its setting and its contender.
+
+    Attributes:
+        rows: validation rows per task that methods choose by.
+        test_rows: test rows per task.
+        budget: most scores on validation rows that a method of the registry may spend; Hi-Merging
+            spends what its analysis takes, which is reported.
+        guide: "smooth" or "measure"; see `tasks.load_tasks`.
+        batch_size: sequences per forward pass.
+        max_new_tokens: most tokens to generate per prompt.
+        seed: of random masks and of the points that are tried.
+    """
+
+    rows: int = 48
+    test_rows: int = 200
+    budget: int = 24
+    guide: str = "smooth"
+    batch_size: int = 32
+    max_new_tokens: int = 64
+    seed: int = 0
+
+
+def run_bench(
+    base: str | Path,
+    adapters: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    settings: Sequence[Sequence[str]],
+    contenders: Sequence[str] = (),
+    options: Options | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Score every contender in every setting, and keep the cells in `out`.
+
+    Args:
+        base: folder of the base model, a causal LM with its tokenizer.
+        adapters: folder with one adapter folder per task, named like it; `a+b` is an adapter that
+            was trained on the mixed data of the tasks a and b, if there is one.
+        data: folder with one folder per task; see `tasks.load_tasks`.
+        out: folder for the cells; cells that are there and still hold are not computed again.
+        settings: the tasks that are merged, two or more per setting.
+        contenders: names of `LINEUP`; all by default.
+        options: sizes and budget.
+        say: gets a line per cell.
+
+    Returns:
+        The folder of the cells, `out/cells`.
+
+    Raises:
+        ConfigError, AdapterError: something does not fit; nothing was computed.
+    """
+    chosen = options or Options()
+    names = _check(settings, Path(adapters))
+    mixed = ["+".join(tasks) for tasks in settings if (Path(adapters) / "+".join(tasks)).is_dir()]
+    for setting in settings:
+        choose(contenders, len(setting))
+    folders = {name: Path(adapters) / name for name in (*names, *mixed)}
+    model, tokenizer = load_peft_model(base, folders)
+    tasks = load_tasks(
+        Path(data),
+        names,
+        tokenizer,
+        rows=chosen.rows,
+        test_rows=chosen.test_rows,
+        guide=chosen.guide,
+        batch_size=chosen.batch_size,
+        max_new_tokens=chosen.max_new_tokens,
+    )
+    bench = _Bench(model, tasks, Path(out) / "cells", chosen, say)
+    for setting in settings:
+        bench.references(tuple(setting), "+".join(setting) in mixed)
+        for contender in choose(contenders, len(setting)):
+            bench.contest(tuple(setting), contender)
+    return bench.cells
+
+
+def _check(settings: Sequence[Sequence[str]], adapters: Path) -> list[str]:
+    names: list[str] = []
+    for tasks in settings:
+        if len(tasks) < 2 or len(set(tasks)) < len(tasks):
+            raise ConfigError(
+                f"a setting merges two or more different tasks, got {'+'.join(tasks) or 'none'}."
+            )
+        names += [name for name in tasks if name not in names]
+    if not names:
+        raise ConfigError("give at least one setting, e.g. --setting trec+thucnews.")
+    for name in names:
+        if not (adapters / name / "adapter_config.json").is_file():
+            raise ConfigError(f"there is no adapter of task {name!r} in {str(adapters)!r}.")
+    return names
+
+
+class _Bench:
+    """One loaded model, its tasks, and the folder of cells."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tasks: Mapping[str, BenchTask],
+        cells: Path,
+        options: Options,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.tasks, self.cells = model, tasks, cells
+        self.options, self._say = options, say
+        self._base = base_digest(model)
+
+    def references(self, names: tuple[str, ...], mixed: bool) -> None:
+        """Score the base, each adapter alone, and the adapter trained on the mixed data."""
+        states = {"base": MergePlan.base()}
+        whole = ("+".join(names),) if mixed else ()
+        for name in (*names, *whole):
+            combiner = Combiner(read_adapters(self.model, [name]))
+            states[name] = combiner.plan({name: IDENTITY})
+        for state, plan in states.items():
+            read = [] if state == "base" else [state]
+            for task in names:
+                self._cell(
+                    Path("states") / state / f"{task}.json",
+                    [state, task, self._digests(read), self._told([task])],
+                    partial(self._state, plan, read, task),
+                )
+
+    def _state(self, plan: MergePlan, read: list[str], task: str) -> dict[str, Any]:
+        some = read or [task]  # the base is the same around any adapter
+        found = score_plans(
+            self.model,
+            some,
+            {"state": plan},
+            {task: self.tasks[task].test},
+            config=self._measured([task]),
+        )
+        return {"test": _rows(found["state"])}
+
+    def contest(self, names: tuple[str, ...], contender: Contender) -> None:
+        """Merge the adapters of a setting in one way and score the result on the test rows."""
+        facts = [
+            *(contender.name, contender.method, contender.weights, dict(contender.choices)),
+            *(contender.space, contender.hi.model_dump() if contender.hi else None),
+        ]
+        own = [self.options.budget, self.options.guide, self.options.seed]
+        self._cell(
+            Path("merges") / "+".join(names) / f"{contender.name}.json",
+            [facts, own, self._digests(names), self._told(names)],
+            partial(self._hi if contender.hi else self._method, names, contender),
+        )
+
+    def _method(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
+        """Let a method choose its weights and options within the budget."""
+        request = prepare(
+            self.model,
+            get_method("coefficient_search"),
+            dict.fromkeys(names, 1.0),
+            options={
+                "base": contender.method,
+                "values": contender.weights,
+                "choices": contender.choices,
+                "base_space": contender.space,
+                "budget": self.options.budget,
+            },
+            policy="error",
+            seed=self.options.seed,
+        )
+        probe = Probe(self.model, Combiner(request.adapters))
+        with preserved(self.model), torch.no_grad():
+            fitted = request.fit(Trials(probe, self._tasks(names, "validation")))
+            judged = Trials(probe, self._tasks(names, "test")).scores(fitted.deltas())
+        assert fitted.fitted is not None
+        report = dict(fitted.fitted.report)
+        chosen = {"weights": report["weights"], "options": report["options"]}
+        return {
+            "test": _rows(judged),
+            "validation": report["scores"],
+            "chosen": chosen,
+            "scores_computed": report["scores_computed"],
+        }
+
+    def _hi(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
+        """Run a variant of Hi-Merging; the exact result is judged, and the exported adapter."""
+        assert contender.hi is not None
+        guides = {name: self.tasks[name].guide for name in names}
+        config = contender.hi.model_copy(update={"metric": guides, "max_export_drop": None})
+        found = merge_adapters_hi(
+            self.model,
+            list(names),
+            {name: self.tasks[name].validation for name in names},
+            adapter_name=_EXPORTED,
+            config=config,
+            journal=self.cells.parent / "journal",
+        )
+        tests = {name: self.tasks[name].test for name in names}
+        try:
+            exact = score_plans(
+                self.model, names, {"exact": found.plan}, tests, config=self._measured(names)
+            )
+            whole = Combiner(read_adapters(self.model, [_EXPORTED])).plan({_EXPORTED: IDENTITY})
+            exported = score_plans(
+                self.model, [_EXPORTED], {"exported": whole}, tests, config=self._measured(names)
+            )
+        finally:
+            self.model.delete_adapter(_EXPORTED)
+        edits = [c for c in found.conflicts if c.edits and c.accepted]
+        return {
+            "test": _rows(exact["exact"]),
+            "test_exported": _rows(exported["exported"]),
+            "validation": _rows(found.states["merged"]),
+            "chosen": {
+                "adapters": {
+                    name: {"density": e.density, "scale": e.scale}
+                    for name, e in found.plan.adapters.items()
+                },
+                "layers_edited": len(edits),
+                "plan": found.plan.to_dict(),
+            },
+            "rank": found.rank,
+            "export_error": found.export_error,
+            "scores_computed": found.scores_computed,
+        }
+
+    def _measured(self, names: Sequence[str]) -> HiMergeConfig:
+        return HiMergeConfig(metric={name: self.tasks[name].measure for name in names})
+
+    def _tasks(self, names: Sequence[str], split: str) -> dict[str, Task]:
+        of = {name: self.tasks[name] for name in sorted(names)}
+        if split == "test":
+            return {n: Task(n, t.test, t.measure) for n, t in of.items()}
+        return {n: Task(n, t.validation, t.guide) for n, t in of.items()}
+
+    def _digests(self, names: Sequence[str]) -> list[str]:
+        return [self._base, *(adapter_digest(self.model, name) for name in sorted(names))]
+
+    def _told(self, names: Sequence[str]) -> list[list[str]]:
+        return [
+            [name, *(getattr(self.tasks[name], s).fingerprint for s in ("validation", "test"))]
+            for name in sorted(names)
+        ]
+
+    def _cell(self, place: Path, facts: Any, compute: Callable[[], dict[str, Any]]) -> None:
+        """Compute a cell unless its file says it rests on the same facts."""
+        key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+        path = self.cells / place
+        if path.is_file():
+            if json.loads(path.read_text(encoding="utf-8")).get("key") == key:
+                self._say(f"kept {place}")
+                return
+        start = time.perf_counter()
+        cell = compute()
+        seconds = time.perf_counter() - start
+        more = {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
+        told = {"key": key, **cell, **more, "options": asdict(self.options), "versions": versions()}
+        write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        means = ", ".join(f"{t} {row['value']:.3f}" for t, row in cell["test"].items())
+        self._say(f"{place}: {means} ({seconds:.0f} s)")
+
+
+def _rows(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    return {
+        task: {"value": score.value, "se": score.se, "metrics": dict(score.metrics)}
+        for task, score in scores.items()
+    }

@@ -1,0 +1,188 @@
+"""Tables of a benchmark, made from its cells and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .lineup import LINEUP
+
+__all__ = ["Line", "Summary", "read_settings", "render", "summarise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One state of one setting on the test rows.
+
+    Attributes:
+        name: "base", an adapter, "a+b" (trained on the mixed data), or a contender.
+        title: what the table calls it.
+        values: task -> (score, standard error or None).
+        mean: mean score over the tasks.
+        kept: mean share of what each adapter wins alone on its own task that is left; NaN if one
+            wins nothing.
+        rank: place among the contenders by `mean`, 1 is best, equal means share the mean of their
+            places; None for a state that is no contender.
+        scores: scores on validation rows it took to choose; None for a state.
+    """
+
+    name: str
+    title: str
+    values: Mapping[str, tuple[float, float | None]]
+    mean: float
+    kept: float
+    rank: float | None = None
+    scores: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One contender over all settings it took part in."""
+
+    title: str
+    settings: int
+    mean: float
+    kept: float
+    rank: float
+
+
+def read_settings(cells: str | Path) -> dict[str, list[Line]]:
+    """Return setting -> lines: base, adapters alone, mixed, then contenders in the lineup's order.
+
+    Raises:
+        ConfigError: there are no cells.
+    """
+    merges = Path(cells) / "merges"
+    folders = sorted(f for f in merges.iterdir() if f.is_dir()) if merges.is_dir() else []
+    if not folders:
+        raise ConfigError(f"there are no cells of a benchmark in {str(cells)!r}.")
+    return {folder.name: _setting(Path(cells) / "states", folder) for folder in folders}
+
+
+def _setting(states: Path, folder: Path) -> list[Line]:
+    tasks = folder.name.split("+")
+    known = {state: _state(states / state, tasks) for state in ("base", *tasks, folder.name)}
+    base = known["base"]
+    if base is None or any(known[task] is None for task in tasks):
+        raise ConfigError(f"setting {folder.name!r} has no cells of its states yet.")
+    gains = {t: (known[t] or {})[t][0] - base[t][0] for t in tasks}
+    titles = {"base": "base model", folder.name: "trained on the mixed data"}
+    lines = []
+    for name, values in known.items():
+        if values is not None:
+            lines.append(_line(name, titles.get(name, f"{name} alone"), values, base, gains))
+    contenders = []
+    for contender in LINEUP:
+        path = folder / f"{contender.name}.json"
+        if not path.is_file():
+            continue
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        row = _line(contender.name, contender.title, _pairs(cell["test"], tasks), base, gains, cell)
+        contenders.append(row)
+        if "test_exported" in cell:
+            pairs = _pairs(cell["test_exported"], tasks)
+            title = f"{contender.title}, LoRA of rank {cell['rank']}"
+            lines.append(_line(f"{contender.name}_exported", title, pairs, base, gains))
+    return [*lines, *_ranked(contenders)]
+
+
+def _state(folder: Path, tasks: Sequence[str]) -> dict[str, tuple[float, float | None]] | None:
+    paths = {task: folder / f"{task}.json" for task in tasks}
+    if not all(path.is_file() for path in paths.values()):
+        return None
+    cells = {t: json.loads(path.read_text(encoding="utf-8")) for t, path in paths.items()}
+    return {task: _pairs(cell["test"], [task])[task] for task, cell in cells.items()}
+
+
+def _pairs(test: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, tuple[float, float | None]]:
+    return {task: (test[task]["value"], test[task]["se"]) for task in tasks}
+
+
+def _line(
+    name: str,
+    title: str,
+    values: Mapping[str, tuple[float, float | None]],
+    base: Mapping[str, tuple[float, float | None]],
+    gains: Mapping[str, float],
+    cell: Mapping[str, Any] | None = None,
+) -> Line:
+    shares = [(values[t][0] - base[t][0]) / g if g > 0 else math.nan for t, g in gains.items()]
+    mean = math.fsum(v for v, _ in values.values()) / len(values)
+    scores = None if cell is None else cell["scores_computed"]
+    return Line(name, title, values, mean, math.fsum(shares) / len(shares), scores=scores)
+
+
+def _ranked(lines: Sequence[Line]) -> list[Line]:
+    ranked = []
+    for line in lines:
+        above = sum(other.mean > line.mean for other in lines)
+        equal = sum(other.mean == line.mean for other in lines)
+        place = above + (equal + 1) / 2
+        ranked.append(
+            Line(line.name, line.title, line.values, line.mean, line.kept, place, line.scores)
+        )
+    return ranked
+
+
+def summarise(settings: Mapping[str, Sequence[Line]]) -> list[Summary]:
+    """Return every contender that took part in all settings, best average rank first."""
+    rows: dict[str, list[Line]] = {}
+    for lines in settings.values():
+        for line in lines:
+            if line.rank is not None:
+                rows.setdefault(line.title, []).append(line)
+    found = [
+        Summary(
+            title,
+            len(lines),
+            mean=_average(line.mean for line in lines),
+            kept=_average(line.kept for line in lines),
+            rank=_average(line.rank or 0.0 for line in lines),
+        )
+        for title, lines in rows.items()
+        if len(lines) == len(settings)
+    ]
+    return sorted(found, key=lambda s: (s.rank, -s.kept, s.title))
+
+
+def _average(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found)
+
+
+def render(cells: str | Path) -> str:
+    """Return all tables as markdown: the summary first, then one per setting."""
+    settings = read_settings(cells)
+    parts = []
+    if len(settings) > 1:
+        rows = [
+            [s.title, f"{s.mean:.3f}", f"{s.kept:.0%}", f"{s.rank:.1f}"]
+            for s in summarise(settings)
+        ]
+        parts.append(f"**All {len(settings)} settings**\n\n" + _markdown(_SUMMARY, rows))
+    for name, lines in settings.items():
+        tasks = list(lines[0].values)
+        header = ["state", *tasks, "mean", "gain kept", "rank", "scores"]
+        parts.append(f"**{name}**\n\n" + _markdown(header, [_cells(line) for line in lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+_SUMMARY = ["method", "mean", "gain kept", "average rank"]
+
+
+def _cells(line: Line) -> list[str]:
+    values = [f"{v:.3f}" + ("" if se is None else f" ± {se:.3f}") for v, se in line.values.values()]
+    kept = "" if math.isnan(line.kept) else f"{line.kept:.0%}"
+    rank = "" if line.rank is None else f"{line.rank:g}"
+    scores = "" if line.scores is None else str(line.scores)
+    return [line.title, *values, f"{line.mean:.3f}", kept, rank, scores]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,139 @@
+"""Tasks of a benchmark: a folder of JSONL files each, read by what their rows look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..evals import generation, load_rows, multiple_choice
+
+__all__ = ["BenchTask", "load_tasks"]
+
+# What the table shows for each kind of task, and what methods are chosen by: smooth where possible.
+_MEASURES = {"multiple_choice": "accuracy", "generation": "text_match"}
+_GUIDES = {
+    "smooth": {"multiple_choice": "log_likelihood", "generation": "text_match"},
+    "measure": _MEASURES,
+}
+_TEXT = ("bleu", "rouge1", "rouge2", "rougeL")
+
+
+@dataclass(frozen=True, slots=True)
+class BenchTask:
+    """One task.
+
+    Attributes:
+        name: folder name; also the name of its adapter.
+        kind: "multiple_choice" or "generation".
+        validation: scores rows that methods may choose by.
+        test: scores rows for the table.
+        measure: metric of the table.
+        guide: metric that methods choose by.
+    """
+
+    name: str
+    kind: str
+    validation: Callable[[Any], Mapping[str, Any]]
+    test: Callable[[Any], Mapping[str, Any]]
+    measure: str
+    guide: str
+
+
+def load_tasks(
+    data: Path,
+    names: list[str],
+    tokenizer: Any,
+    *,
+    rows: int,
+    test_rows: int,
+    guide: str = "smooth",
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+) -> dict[str, BenchTask]:
+    """Read tasks from `data/<name>/validation.jsonl` and `data/<name>/test.jsonl`.
+
+    Args:
+        data: folder of task folders.
+        names: the tasks.
+        tokenizer: the base model's.
+        rows: validation rows per task that methods choose by.
+        test_rows: test rows per task.
+        guide: "smooth" chooses by the log-likelihood of the right answer where there is one,
+            "measure" by what the table shows.
+        batch_size: sequences per forward pass.
+        max_new_tokens: most tokens to generate per prompt.
+
+    Raises:
+        ConfigError: a folder or file is missing, or its rows are of no known kind.
+    """
+    if guide not in _GUIDES:
+        raise ConfigError(f"guide must be one of {sorted(_GUIDES)}, got {guide!r}.")
+    tasks = {}
+    for name in names:
+        kind = _kind(data / name)
+        read = {
+            split: load_rows(data / name, kind, split=split, limit=limit)
+            for split, limit in (("validation", rows), ("test", test_rows))
+        }
+        functions = {
+            split: _function(kind, found, tokenizer, batch_size, max_new_tokens)
+            for split, found in read.items()
+        }
+        tasks[name] = BenchTask(
+            name,
+            kind,
+            functions["validation"],
+            functions["test"],
+            _MEASURES[kind],
+            _GUIDES[guide][kind],
+        )
+    return tasks
+
+
+def _kind(folder: Path) -> str:
+    path = folder / "validation.jsonl"
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no task {folder.name!r}: {str(path)!r} is not a file. A task is a folder "
+            f"with validation.jsonl and test.jsonl."
+        )
+    with path.open(encoding="utf-8") as lines:
+        first = next(lines, "")
+    if '"choices"' in first:
+        return "multiple_choice"
+    if '"references"' in first:
+        return "generation"
+    raise ConfigError(
+        f"{str(path)!r}: rows with 'choices' (multiple choice) or 'references' (generation) can be "
+        f"scored; the first row has neither."
+    )
+
+
+def _function(
+    kind: str, rows: list[Any], tokenizer: Any, batch_size: int, max_new_tokens: int
+) -> Callable[[Any], Mapping[str, Any]]:
+    if kind == "multiple_choice":
+        return multiple_choice(rows, tokenizer, batch_size=batch_size)
+    written = generation(rows, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return _TextMatch(written)
+
+
+@dataclass(frozen=True, slots=True)
+class _TextMatch:
+    """Adds the mean of BLEU-4 and ROUGE-1/2/L, the paper's measures of generation, per row."""
+
+    inner: Any
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the rows and options."""
+        return f"text_match:{self.inner.fingerprint}"
+
+    def __call__(self, model: Any) -> Mapping[str, Any]:
+        found = dict(self.inner(model))
+        rows = zip(*(found[name] for name in _TEXT), strict=True)
+        found["text_match"] = [sum(map(float, row)) / len(_TEXT) for row in rows]
+        return found

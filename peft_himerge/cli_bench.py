@@ -1,0 +1,59 @@
+"""`himerge bench`: the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import ConfigError
+from .files import write_text
+
+__all__ = ["bench"]
+
+
+def bench(
+    base: Annotated[Path, typer.Option(help="Folder of the base model, a causal LM.")],
+    adapters: Annotated[Path, typer.Option(help="Folder with one adapter folder per task.")],
+    data: Annotated[Path, typer.Option(help="Folder with one folder of JSONL files per task.")],
+    out: Annotated[Path, typer.Option(help="Folder for cells and tables; a stopped run resumes.")],
+    setting: Annotated[
+        list[str] | None, typer.Option(help="Tasks to merge, as trec+thucnews; once per setting.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this contender; once per contender.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Validation rows per task and score.")] = 48,
+    test_rows: Annotated[int, typer.Option(min=1, help="Test rows per task.")] = 200,
+    budget: Annotated[int, typer.Option(min=2, help="Scores a method may spend.")] = 24,
+    guide: Annotated[
+        str, typer.Option(help="What methods choose by: smooth, or the measure of the table.")
+    ] = "smooth",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of random masks and of the points tried.")] = 0,
+    quick: Annotated[bool, typer.Option(help="A first look: fewer rows and scores.")] = False,
+) -> None:
+    """Score Hi-Merging and every method of the registry on your adapters and tasks."""
+    from .bench.run import Options, run_bench
+    from .bench.table import render
+
+    if not setting:
+        raise ConfigError("give at least one --setting, e.g. --setting trec+thucnews.")
+    if quick:
+        rows, test_rows, budget = min(rows, 16), min(test_rows, 32), min(budget, 8)
+    options = Options(rows, test_rows, budget, guide, batch_size, max_new_tokens, seed)
+    cells = run_bench(
+        base,
+        adapters,
+        data,
+        out,
+        settings=[name.split("+") for name in setting],
+        contenders=method or (),
+        options=options,
+        say=typer.echo,
+    )
+    text = render(cells)
+    write_text(out / "bench.md", text)
+    typer.echo(f"\n{text}\n{out / 'bench.md'}")

@@ -1,0 +1,243 @@
+"""The benchmark: its cells are what a user would get by hand, and are computed once."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import bytewise
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from peft_himerge import HiMergeConfig, merge_adapters_hi
+from peft_himerge.bench import run_bench
+from peft_himerge.bench.lineup import LINEUP, choose
+from peft_himerge.bench.run import Options
+from peft_himerge.bench.table import read_settings, render, summarise
+from peft_himerge.errors import ConfigError
+from peft_himerge.evals import load_rows, multiple_choice
+from peft_himerge.methods.registry import get_method
+
+ROWS, TEST = 6, 10
+SIZES = Options(rows=ROWS, test_rows=TEST, budget=8, batch_size=8, max_new_tokens=4)
+LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
+NAMES = ("plain_sum", "ties", "knots_ties", "hi_careful")
+
+
+def _choices(seed: int, count: int) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, 100, (count,), generator=draw).tolist()
+    return [{"prompt": f"{n} is", "choices": [" a", " b", " c"], "answer": n % 3} for n in numbers]
+
+
+def _texts(seed: int, count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"say {i + seed}:", "references": ["ab", f"{i} a"]} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, three adapters and three tasks in folders."""
+    root = tmp_path_factory.mktemp("bench")
+    base = bytewise.llama()
+    base.save_pretrained(root / "base")
+    bytewise.tokenizer().save_pretrained(root / "base")
+    names = ("one", "two", "text")
+    specs = {
+        name: {"r": 2, "seed": i, "init_scale": 0.4, "target_modules": LINEAR}
+        for i, name in enumerate(names)
+    }
+    model = tiny.add_adapters(base, specs)
+    for name in names:
+        model.save_pretrained(root / "saved", selected_adapters=[name])
+        shutil.copytree(root / "saved" / name, root / "adapters" / name)
+    for i, name in enumerate(names):
+        make = _texts if name == "text" else _choices
+        for j, (split, count) in enumerate((("validation", 20), ("test", 30))):
+            path = root / "data" / name / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(row) for row in make(10 * i + j, count)]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def bench(root: Path, out: Path, settings: list[list[str]], **more: Any) -> tuple[Path, list[str]]:
+    said: list[str] = []
+    cells = run_bench(
+        root / "base",
+        root / "adapters",
+        root / "data",
+        out,
+        settings=settings,
+        options=SIZES,
+        say=said.append,
+        **{"contenders": NAMES, **more},
+    )
+    return cells, said
+
+
+@pytest.fixture(scope="module")
+def done(root: Path) -> Path:
+    cells, _ = bench(root, root / "out", [["one", "two"], ["two", "text"]])
+    return cells
+
+
+def _accuracy(model: Any, task: str, root: Path) -> float:
+    rows = load_rows(root / "data" / task, "multiple_choice", split="test", limit=TEST)
+    scored = multiple_choice(rows, bytewise.tokenizer(), batch_size=4)
+    with torch.no_grad():
+        return float(scored(model)["accuracy"].mean())
+
+
+def test_states_are_what_plain_peft_scores(root: Path, done: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    lines = {line.name: line for line in read_settings(done)["one+two"]}
+    for task in ("one", "two"):
+        assert lines["base"].values[task][0] == pytest.approx(_accuracy(base, task, root))
+    model = PeftModel.from_pretrained(base, str(root / "adapters" / "two"))
+    assert lines["two"].values["one"][0] == pytest.approx(_accuracy(model.eval(), "one", root))
+
+
+def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    model = PeftModel.from_pretrained(base, str(root / "adapters" / "one"), adapter_name="one")
+    model.load_adapter(str(root / "adapters" / "two"), adapter_name="two")
+    model.base_model.set_adapter(["one", "two"])
+    summed = {task: _accuracy(model.eval(), task, root) for task in ("one", "two")}
+    lines = {line.name: line for line in read_settings(done)["one+two"]}
+    assert {t: v for t, (v, _) in lines["plain_sum"].values.items()} == pytest.approx(summed)
+    tokenizer = bytewise.tokenizer()
+    validation = {
+        task: multiple_choice(
+            load_rows(root / "data" / task, "multiple_choice", split="validation", limit=ROWS),
+            tokenizer,
+            batch_size=8,
+        )
+        for task in ("one", "two")
+    }
+    found = merge_adapters_hi(
+        model,
+        ["one", "two"],
+        validation,
+        config=HiMergeConfig(
+            metric="log_likelihood",
+            search_target="merged",
+            accept="no_regression",
+            max_export_drop=None,
+        ),
+    )
+    cell = json.loads((done / "merges" / "one+two" / "hi_careful.json").read_text())
+    assert cell["chosen"]["plan"] == found.plan.to_dict()
+    assert cell["scores_computed"] == found.scores_computed
+    model.set_adapter("merged")
+    exported = {t: row["value"] for t, row in cell["test_exported"].items()}
+    assert exported == pytest.approx({t: _accuracy(model, t, root) for t in ("one", "two")})
+
+
+def test_what_is_chosen_is_the_best_that_was_tried_on_validation(done: Path) -> None:
+    cell = json.loads((done / "merges" / "one+two" / "ties.json").read_text())
+    assert cell["scores_computed"] <= SIZES.budget
+    assert set(cell["chosen"]["options"]) == {"density"}
+    assert cell["options"]["budget"] == 8
+
+
+def test_a_task_of_texts_is_judged_by_the_mean_of_four_measures(done: Path) -> None:
+    cell = json.loads((done / "states" / "two" / "text.json").read_text())
+    metrics = cell["test"]["text"]["metrics"]
+    four = [metrics[name] for name in ("bleu", "rouge1", "rouge2", "rougeL")]
+    assert cell["test"]["text"]["value"] == pytest.approx(sum(four) / 4)
+
+
+def test_a_second_run_computes_nothing_and_another_adapter_only_its_own(
+    root: Path, done: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "root"
+    shutil.copytree(root, copy)
+    before = {p: p.read_bytes() for p in (copy / "out" / "cells").rglob("*.json")}
+    _, said = bench(copy, copy / "out", [["one", "two"], ["two", "text"]])
+    assert said
+    assert all(line.startswith("kept ") for line in said)
+    assert {p: p.read_bytes() for p in (copy / "out" / "cells").rglob("*.json")} == before
+    shutil.rmtree(copy / "adapters" / "one")
+    shutil.copytree(copy / "adapters" / "text", copy / "adapters" / "one")
+    _, said = bench(copy, copy / "out", [["one", "two"], ["two", "text"]])
+    again = [line for line in said if not line.startswith("kept ")]
+    assert len(again) == 2 + len(NAMES)  # its two states, and the merges of its setting
+    assert all(line.startswith(("states/one/", "merges/one+two/")) for line in again)
+
+
+def test_tables_hold_ranks_shares_and_all_settings(done: Path) -> None:
+    settings = read_settings(done)
+    assert list(settings) == ["one+two", "two+text"]
+    for lines in settings.values():
+        ranked = [line for line in lines if line.rank is not None]
+        assert [line.name for line in ranked] == list(NAMES)
+        ordered = sorted(ranked, key=lambda line: -line.mean)
+        assert [x.rank for x in ordered] == sorted(x.rank or 0 for x in ranked)
+        assert sum(x.rank or 0 for x in ranked) == 10  # ties share: 1 + 2 + 3 + 4 whatever
+        base = lines[0]
+        assert base.name == "base"
+        assert math.isnan(base.kept) or base.kept == 0.0
+    best = summarise(settings)[0]
+    assert best.settings == 2
+    assert best.rank == min(s.rank for s in summarise(settings))
+    text = render(done)
+    assert text.startswith("**All 2 settings**")
+    assert f"| {best.title} | {best.mean:.3f} |" in text
+    assert "Hi-Merging, careful, LoRA of rank" in text
+
+
+def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
+    def cell(place: str, **values: float) -> None:
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        test = {task: {"value": v, "se": 0.01} for task, v in values.items()}
+        path.write_text(json.dumps({"test": test, "scores_computed": 4}))
+
+    for state, a, b in (("base", 0.2, 0.0), ("a", 0.8, 0.1), ("b", 0.1, 0.5), ("a+b", 0.7, 0.5)):
+        cell(f"states/{state}/a.json", a=a)
+        cell(f"states/{state}/b.json", b=b)
+    cell("merges/a+b/ties.json", a=0.5, b=0.5)
+    lines = {line.name: line for line in read_settings(tmp_path)["a+b"]}
+    assert lines["ties"].kept == pytest.approx((0.5 + 1.0) / 2)
+    assert lines["a"].kept == pytest.approx((1.0 + 0.2) / 2)
+    assert lines["a+b"].title == "trained on the mixed data"
+    assert lines["ties"].rank == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "text"),
+    [
+        ([["one"]], {}, "two or more different tasks"),
+        ([["one", "one"]], {}, "two or more different tasks"),
+        ([], {}, "at least one setting"),
+        ([["one", "nine"]], {}, "no adapter of task 'nine'"),
+        ([["one", "two"]], {"contenders": ["tie"]}, "no contender 'tie'. Did you mean 'ties'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_computed(
+    root: Path, tmp_path: Path, settings: Any, more: Any, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        bench(root, tmp_path / "out", settings, **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_cells_no_table(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no cells of a benchmark"):
+        render(tmp_path)
+
+
+def test_every_contender_of_the_lineup_is_there_once_and_its_options_exist() -> None:
+    names = [contender.name for contender in LINEUP]
+    assert len(set(names)) == len(names)
+    for contender in LINEUP:
+        if contender.hi is None:
+            get_method(contender.method).check(contender.choices)
+    assert "slerp" not in [c.name for c in choose((), 3)]
+    assert [c.name for c in choose(("ties", "average"), 2)] == ["average", "ties"]
