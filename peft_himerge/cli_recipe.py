@@ -130,7 +130,12 @@ def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> Exa
     recipe, screen = examined.recipe, Console()
     _warn(Console(stderr=True), examined)
     if examined.cost is None:
-        screen.print(f"{recipe.method}: no score decides this merge; its cost is its arithmetic")
+        text = (
+            "scores decide this merge; how many is up to the method's own options"
+            if recipe.is_scored
+            else "no score decides this merge; its cost is its arithmetic"
+        )
+        screen.print(f"{recipe.method}: {text}")
     if examined.test:
         states = len(recipe.adapters) + 2
         screen.print(

@@ -144,7 +144,7 @@ ROOMS: dict[str, set[str]] = {
     "recipe": {
         *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
         *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
-        *("processes", "report", "request", "result", "scoring", "tracking", "yaml_file"),
+        *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
     },
     # floor 9: front doors
     "__init__": {

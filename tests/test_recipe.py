@@ -196,6 +196,32 @@ def test_a_method_of_the_registry_is_what_python_would_do(
         assert torch.equal(done.result.delta(record.module), wanted.delta(record.module))
 
 
+def test_a_method_that_looks_at_scores_is_what_python_would_do(
+    shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
+    more = ["method=greedy_soup", "options={}", "rank=exact"]
+    given = [*workshop.pointed(root, name), f"out={tmp_path / 'out'}", *more]
+    done = run_recipe(examine(read_recipe(RECIPES / name, given)))
+    folders = {task: root / "adapters" / task for task in ("en", "zh")}
+    model, tokenizer = load_peft_model(root / "models" / "base", folders)
+    evals = {
+        task: multiple_choice(
+            load_rows(root / "data" / f"{task}.validation.jsonl", "multiple_choice"), tokenizer
+        )
+        for task in folders
+    }
+    wanted = merge_adapters(
+        model, ["en", "zh"], "greedy_soup", eval_fns=evals, metric="log_likelihood", rank="exact"
+    )
+    assert done.result.fitted == wanted.fitted
+    for record in wanted.modules:
+        assert torch.equal(done.result.delta(record.module), wanted.delta(record.module))
+    flags = [part for change in given for part in ("--set", change)]
+    shown = CliRunner().invoke(app, ["plan", str(RECIPES / name), *flags])
+    assert "scores decide this merge" in shown.output
+
+
 def test_the_share_kept_is_a_mean_over_tasks_that_an_adapter_wins(
     shop: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -418,6 +444,8 @@ def test_all_faults_are_told_at_once() -> None:
         ("two_tasks", "options.density={en: 0.5}", "options", "give both per adapter"),
         ("two_tasks", "method=tie", "method", "Did you mean 'ties'"),
         ("two_tasks", "method=ties", "tasks.en.validation", "looks at no score"),
+        ("two_tasks", "method=regmean", "method", "which a recipe cannot give"),
+        ("drop_in_ties", "method=greedy_soup", "tasks.en", "data for every adapter."),
         ("two_tasks", "name=en", "name", "has an adapter 'en' already"),
         ("two_tasks", "name=base", "name", "means the base model"),
         ("two_tasks", "adapters.exported=x", "adapters", "means a state of the merge"),

@@ -17,6 +17,7 @@ from ..evals import load_evals
 from ..factors import Adapter
 from ..folders import check_base, load_tokenizer, read_folder, saved_modules
 from ..preview import Preview, preview
+from ..search import check_search
 from .faults import Fault
 from .schema import Recipe
 from .tasks import HEADED, Scored, build_task, hi_config
@@ -152,6 +153,7 @@ def _fit(found: Examined) -> None:
     cost = preview(base, recipe.folders, config, recipe.guards, bodies=bool(found.heads))
     if not scored:
         return
+    check_search(config)
     found.cost = cost
     most, allowed = cost.cost.scores, recipe.budget.scores
     if allowed is not None and most > allowed:

@@ -171,7 +171,8 @@ def _method(data: Table, names: list[str]) -> Iterator[Fault]:
     scored = {name for name, task in tasks.items() if task.get("validation") is not None}
     if method == "hi":
         yield from _hi_options(options, names, bool(scored))
-        yield from _own_tasks(method, names, scored)
+        if scored:
+            yield from _own_tasks(method, names, scored)
     else:
         known = [info.name for info in list_methods()]
         if method not in known:
@@ -206,17 +207,15 @@ def _unread(data: Table, method: Any) -> Iterator[Fault]:
 
 
 def _own_tasks(method: str, names: list[str], scored: set[str]) -> Iterator[Fault]:
-    for name in names if scored else ():
+    text = f"{method!r} needs validation data for every adapter"
+    for name in names:
         if name not in scored:
-            yield Fault(
-                f"tasks.{name}",
-                f"{method!r} needs validation data for every adapter, or for none.",
-            )
+            yield Fault(f"tasks.{name}", f"{text}{', or for none' if method == 'hi' else ''}.")
 
 
 def _needs(info: MethodInfo, names: list[str], scored: set[str]) -> Iterator[Fault]:
     if info.needs == "scores":
-        yield from _own_tasks(info.name, names, scored or {""})
+        yield from _own_tasks(info.name, names, scored)
     elif info.needs != "nothing":
         yield Fault(
             "method",

@@ -17,7 +17,7 @@ import yaml
 from peft import PeftModel
 
 from .. import files
-from ..errors import BudgetError, ConfigError, EvalError
+from ..errors import BudgetError, ConfigError
 from ..events import AdapterSaved, Event, Listener, StateScored
 from ..folders import load_peft_model
 from ..hi import merge_adapters_hi
@@ -31,7 +31,7 @@ from .examine import Examined
 from .faults import RecipeError
 from .schema import HUB, Recipe
 from .table import TestTable, score_test
-from .tasks import KINDS, Scored, hi_config
+from .tasks import KINDS, hi_config
 
 __all__ = ["Merged", "load_model", "run_recipe"]
 
@@ -133,14 +133,16 @@ def _merge_by_method(
     examined: Examined, model: PeftModel, out: Path, listeners: Sequence[Listener]
 ) -> AdapterMerge:
     recipe = examined.recipe
-    scored = {name: _value(task) for name, task in examined.validation.items()}
+    scored = examined.validation
+    metric = {name: task.metric for name, task in scored.items() if task.metric is not None}
     result = merge_adapters(
         model,
         list(recipe.adapters),
         recipe.method,
         adapter_name=recipe.name,
         rank=recipe.rank,
-        eval_fns=scored or None,
+        eval_fns={name: task.fn for name, task in scored.items()} or None,
+        metric=metric or None,
         **recipe.options,
     )
     if is_main():
@@ -153,20 +155,6 @@ def _save_merged(recipe: Recipe, result: MergeResult | AdapterMerge) -> None:
     if recipe.merged is not None:
         assert recipe.base is not None
         result.save_merged(recipe.place(recipe.base), recipe.place(recipe.merged))
-
-
-def _value(task: Scored) -> Any:
-    """Return an eval function that gives the task's metric alone."""
-
-    def score(model: Any) -> Any:
-        found = task.fn(model)
-        if task.metric is None:
-            return found
-        if not isinstance(found, dict) or task.metric not in found:
-            raise EvalError(f"there is no metric {task.metric!r} in {found!r:.80}.")
-        return found[task.metric]
-
-    return score
 
 
 def _wandb(recipe: Recipe) -> WandbListener:
