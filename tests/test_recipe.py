@@ -239,6 +239,47 @@ def test_the_share_kept_is_a_mean_over_tasks_that_an_adapter_wins(
     assert done.test.kept("base") == (0.0 if shares else None)
 
 
+@pytest.mark.parametrize("rows", ["none", "test"])
+def test_a_merge_without_scores_can_be_tested(
+    rows: str, shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, out = shop("two_tasks.yaml"), tmp_path / "out"
+    given = [*workshop.pointed(root, "model_wise_only.yaml"), f"out={out}", "rank=exact"]
+    if rows == "test":
+        task = f"{{kind: multiple_choice, test: {root}/data/en.test.jsonl}}"
+        given += [f"base={root}/models/base", f"tasks.en={task}"]
+    found = examine(read_recipe(RECIPES / "model_wise_only.yaml", given))
+    assert found.cost is None
+    done = run_recipe(found)
+    assert (done.test is not None) == (rows == "test")
+    if done.test is None:
+        return
+    loaded, tokenizer = load_peft_model(root / "models" / "base", {"merged": out})
+    fn = multiple_choice(load_rows(root / "data" / "en.test.jsonl", "multiple_choice"), tokenizer)
+    wanted = fn(loaded)["accuracy"].tolist()
+    found_examples = done.test.states["merged"]["en"].examples
+    assert found_examples is not None
+    assert found_examples.tolist() == wanted
+
+
+@pytest.mark.parametrize("recipe", ["two_tasks.yaml", "drop_in_ties.yaml"])
+def test_a_full_checkpoint_is_the_merged_model(
+    recipe: str, shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, out, full = shop(recipe), tmp_path / "out", tmp_path / "full"
+    more = ["options.density=1.0", "rank=exact", f"merged={full}"]
+    more += ["options.scale=1.0", "options.layer_density=1.0"] if recipe == "two_tasks.yaml" else []
+    run_recipe(examine(read_recipe(RECIPES / recipe, [*sets(root, recipe, out), *more])))
+    ids = torch.arange(3, 27).reshape(2, 12)
+    base = LlamaForCausalLM.from_pretrained(root / "models" / "base")
+    whole = LlamaForCausalLM.from_pretrained(full)
+    loaded = PeftModel.from_pretrained(base, str(out))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
 def test_the_page_shows_the_test_table(shop: Callable[[str], Path], tmp_path: Path) -> None:
     root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
     done = run_recipe(examine(read_recipe(RECIPES / name, sets(root, name, tmp_path / "out"))))
