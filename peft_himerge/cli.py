@@ -26,13 +26,13 @@ from .cli_recipe import (
     Overrides,
     merge_recipe,
     plan_recipe,
+    print_cost,
     recipe_alone,
     sweep_recipe,
     validate,
 )
 from .cli_report import report
 from .config import HiMergeConfig
-from .cost import Cost
 from .errors import ConfigError, HiMergeError
 from .evals import load_evals
 from .hi import merge_adapters_hi
@@ -43,7 +43,6 @@ from .progress import ProgressBar
 from .tables import print_conflicts, print_scores
 
 if TYPE_CHECKING:
-    from .preview import Preview
     from .result import MergeResult
     from .sweep import Outcome, Sweep
 
@@ -202,40 +201,12 @@ def plan_cost(
 
     if recipe is not None:
         recipe_alone(adapter=adapter, base=base, guard=guard)
-        found = plan_recipe(recipe, option or [], evals).cost
+        plan_recipe(recipe, option or [], evals)
     elif adapter:
         config = HiMergeConfig(**_options(option or []))
-        found = preview(base, _adapters(adapter), config, guard or [])
+        print_cost(Console(), preview(base, _adapters(adapter), config, guard or []))
     else:
         raise typer.BadParameter("give a recipe, or --adapter (once per adapter)")
-    if found is not None:
-        _print_cost(Console(), found)
-
-
-def _print_cost(screen: Console, found: Preview) -> None:
-    for name in found.zero:
-        screen.print(f"adapter {name!r} has no effect: its task is a guard", markup=False)
-    screen.print(_cost_table(found.cost))
-    times = found.cost.shared_blocks / max(1, found.blocks)
-    screen.print(
-        f"{found.layers} layers are judged; a full score runs {found.blocks} blocks. "
-        f"All this takes about as long as {times:.0f} full scores.",
-        soft_wrap=True,
-    )
-
-
-def _cost_table(cost: Cost) -> Table:
-    table = Table("step", title="At most", show_footer=True)
-    table.columns[0].footer = "total"
-    for title, total in (
-        ("scores", cost.scores),
-        ("blocks, each score in full", cost.naive_blocks),
-        ("blocks, shared", cost.shared_blocks),
-    ):
-        table.add_column(title, str(total), justify="right")
-    for step in cost.steps:
-        table.add_row(step.name, str(step.scores), str(step.naive_blocks), str(step.shared_blocks))
-    return table
 
 
 @app.command()

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cost import Cost
 from .errors import ConfigError
 from .offline import FolderMerge
+from .preview import Preview
 from .processes import is_main
 from .progress import ProgressBar
 from .recipe import (
@@ -34,6 +36,7 @@ __all__ = [
     "Overrides",
     "merge_recipe",
     "plan_recipe",
+    "print_cost",
     "recipe_alone",
     "sweep_recipe",
     "validate",
@@ -120,8 +123,8 @@ def _show(screen: Console, examined: Examined, done: Merged) -> None:
     screen.print(f"merged adapter, report and recipe: {done.folder}", soft_wrap=True, markup=False)
 
 
-def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> Examined:
-    """Look at a recipe whose cost is asked for.
+def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> None:
+    """Print what a recipe costs.
 
     Raises:
         RecipeError: it cannot be run.
@@ -129,13 +132,12 @@ def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> Exa
     examined = _examined(path, overrides, evals)
     recipe, screen = examined.recipe, Console()
     _warn(Console(stderr=True), examined)
-    if examined.cost is None:
-        text = (
-            "scores decide this merge; how many is up to the method's own options"
-            if recipe.is_scored
-            else "no score decides this merge; its cost is its arithmetic"
-        )
-        screen.print(f"{recipe.method}: {text}")
+    if examined.cost is not None:
+        print_cost(screen, examined.cost)
+    elif recipe.is_scored:
+        screen.print(f"{recipe.method}: scores decide this merge; its own options say how many")
+    else:
+        screen.print(f"{recipe.method}: no score decides this merge; its cost is its arithmetic")
     if examined.test:
         states = len(recipe.adapters) + 2
         screen.print(
@@ -149,7 +151,33 @@ def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> Exa
             f"the last merge to {recipe.out} took {seconds:.2f} s per score: at most {most:.0f} s",
             soft_wrap=True,
         )
-    return examined
+
+
+def print_cost(screen: Console, found: Preview) -> None:
+    """Print what a merge costs at most, step by step."""
+    for name in found.zero:
+        screen.print(f"adapter {name!r} has no effect: its task is a guard", markup=False)
+    screen.print(_cost_table(found.cost))
+    times = found.cost.shared_blocks / max(1, found.blocks)
+    screen.print(
+        f"{found.layers} layers are judged; a full score runs {found.blocks} blocks. "
+        f"All this takes about as long as {times:.0f} full scores.",
+        soft_wrap=True,
+    )
+
+
+def _cost_table(cost: Cost) -> Table:
+    table = Table("step", title="At most", show_footer=True)
+    table.columns[0].footer = "total"
+    for title, total in (
+        ("scores", cost.scores),
+        ("blocks, each score in full", cost.naive_blocks),
+        ("blocks, shared", cost.shared_blocks),
+    ):
+        table.add_column(title, str(total), justify="right")
+    for step in cost.steps:
+        table.add_row(step.name, str(step.scores), str(step.naive_blocks), str(step.shared_blocks))
+    return table
 
 
 def _seconds_per_score(report: Path) -> float | None:

@@ -158,7 +158,8 @@ ROOMS: dict[str, set[str]] = {
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
     "cli_recipe": {
-        *("errors", "offline", "processes", "progress", "recipe", "result", "tables"),
+        *("cost", "errors", "offline", "preview", "processes", "progress", "recipe", "result"),
+        "tables",
     },
     "cli": {
         *("cli_bench", "cli_check", "cli_recipe", "recipe"),

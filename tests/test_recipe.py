@@ -219,7 +219,7 @@ def test_a_method_that_looks_at_scores_is_what_python_would_do(
         assert torch.equal(done.result.delta(record.module), wanted.delta(record.module))
     flags = [part for change in given for part in ("--set", change)]
     shown = CliRunner().invoke(app, ["plan", str(RECIPES / name), *flags])
-    assert "scores decide this merge" in shown.output
+    assert "scores decide this merge; its own options" in shown.output
 
 
 def test_the_share_kept_is_a_mean_over_tasks_that_an_adapter_wins(
