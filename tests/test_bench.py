@@ -125,7 +125,7 @@ def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) ->
         ["one", "two"],
         validation,
         config=HiMergeConfig(
-            metric="log_likelihood",
+            metric="probability",
             search_target="merged",
             accept="no_regression",
             max_export_drop=None,

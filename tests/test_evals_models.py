@@ -119,6 +119,7 @@ def test_multiple_choice_padded_equals_unpadded(kind: str, normalize: str, rows:
             totals.append(total / {"none": 1, "tokens": tokens, "bytes": size}[normalize])
         share = math.exp(totals[row.answer]) / math.fsum(map(math.exp, totals))
         assert float(found["log_likelihood"][i]) == pytest.approx(math.log(share), abs=1e-5)
+        assert float(found["probability"][i]) == pytest.approx(share, abs=1e-5)
         assert found["accuracy"][i] == (max(totals) == totals[row.answer])
 
 

@@ -15,7 +15,7 @@ __all__ = ["BenchTask", "load_tasks"]
 # What the table shows for each kind of task, and what methods are chosen by: smooth where possible.
 _MEASURES = {"multiple_choice": "accuracy", "generation": "text_match"}
 _GUIDES = {
-    "smooth": {"multiple_choice": "log_likelihood", "generation": "text_match"},
+    "smooth": {"multiple_choice": "probability", "generation": "text_match"},
     "measure": _MEASURES,
 }
 _TEXT = ("bleu", "rouge1", "rouge2", "rougeL")
@@ -61,7 +61,7 @@ def load_tasks(
         tokenizer: the base model's.
         rows: validation rows per task that methods choose by.
         test_rows: test rows per task.
-        guide: "smooth" chooses by the log-likelihood of the right answer where there is one,
+        guide: "smooth" chooses by the probability of the right answer where there is one,
             "measure" by what the table shows.
         batch_size: sequences per forward pass.
         max_new_tokens: most tokens to generate per prompt.

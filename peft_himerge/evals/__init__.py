@@ -4,7 +4,7 @@ Each builder checks its rows and options at once, tokenises once, and returns a 
 model with a fingerprint of its own, so that a journal of scores knows it again.
 
     builder                    rows                     what to score by
-    multiple_choice            MultipleChoiceRow        accuracy, log_likelihood
+    multiple_choice            MultipleChoiceRow        accuracy, probability, log_likelihood
     generation                 GenerationRow            bleu, rouge1, rouge2, rougeL, corpus_bleu
     perplexity                 texts                    log_likelihood
     sequence_classification    ClassificationRow        accuracy, log_likelihood, macro_f1

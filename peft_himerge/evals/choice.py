@@ -1,7 +1,8 @@
 """Multiple choice: which of several continuations does a causal LM find most likely?
 
 Per row: whether the right one won ("accuracy") and how sure the model was of the right one
-("log_likelihood", smooth, hence the better guide for an analysis on few rows).
+("probability" and its log, "log_likelihood": smooth, hence better guides for an analysis on few
+rows).
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def multiple_choice(
             are not at a disadvantage and tokenizers compare (lm-evaluation-harness' acc_norm).
 
     Returns:
-        `eval_fn(model) -> {"accuracy": ..., "log_likelihood": ...}`: two float32 vectors on the
-        CPU, one entry per row, in the order of `rows`. Accuracy is 0 or 1; log_likelihood is the
-        natural log of the right choice's share among the choices (0 is best), which are weighted
-        by exp(what they are compared by).
+        `eval_fn(model) -> {"accuracy": ..., "probability": ..., "log_likelihood": ...}`: float32
+        vectors on the CPU, one entry per row, in the order of `rows`. Accuracy is 0 or 1;
+        probability is the right choice's share among the choices, which are weighted by exp(what
+        they are compared by): as smooth as its natural log, log_likelihood (0 is best), but a row
+        that is badly wrong cannot outweigh all others.
 
     Raises:
         EvalRowError: If there are no rows, or two choices of a row have the same tokens.
@@ -92,7 +94,8 @@ def multiple_choice(
         log_probs = table.log_softmax(dim=1)
         right = log_probs.gather(1, answers[:, None]).squeeze(1)
         hits = log_probs.argmax(dim=1) == answers
-        return {"accuracy": hits.float(), "log_likelihood": right.float()}
+        likely = right.float()
+        return {"accuracy": hits.float(), "probability": likely.exp(), "log_likelihood": likely}
 
     name = "multiple_choice"
     return EvalFunction(name, len(kept), fingerprint(name, rows=tokens, batch=batch_size), run)
