@@ -113,6 +113,10 @@ def test_a_shipped_recipe_merges_on_tiny_models(
     assert not found.warnings
     events: list[Any] = []
     done = run_recipe(found, [events.append])
+    if recipe.is_scored:
+        for task, spec in recipe.tasks.items():  # what the rules know is what a kind gives
+            given = set(done.result.states["base"][task].metrics)
+            assert given == set(KINDS[spec.kind].metrics)
     tested = {name for name, task in recipe.tasks.items() if task.test}
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     written = (out / "recipe.yaml").read_bytes()
@@ -159,7 +163,7 @@ def test_a_recipe_is_what_python_would_do(shop: Callable[[str], Path], tmp_path:
 
     evals = {t: multiple_choice(rows(t, "validation"), tokenizer) for t in folders}
     config = HiMergeConfig(
-        search_target="merged", accept="no_regression", metric="log_likelihood", rank=3,
+        search_target="merged", accept="no_regression", metric="probability", rank=3,
         max_export_drop=None,
     )  # fmt: skip
     wanted = merge_adapters_hi(model, ["en", "zh"], evals, config=config)
@@ -212,7 +216,7 @@ def test_a_method_that_looks_at_scores_is_what_python_would_do(
         for task in folders
     }
     wanted = merge_adapters(
-        model, ["en", "zh"], "greedy_soup", eval_fns=evals, metric="log_likelihood", rank="exact"
+        model, ["en", "zh"], "greedy_soup", eval_fns=evals, metric="probability", rank="exact"
     )
     assert done.result.fitted == wanted.fitted
     for record in wanted.modules:

@@ -55,7 +55,9 @@ class Kind:
 _CLASSES = ("log_likelihood", "accuracy", "macro_f1")
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "multiple_choice": Kind(evals.multiple_choice, ("log_likelihood", "accuracy")),
+        "multiple_choice": Kind(
+            evals.multiple_choice, ("probability", "accuracy", "log_likelihood")
+        ),
         "generation": Kind(
             evals.generation, ("rougeL", "rougeL", "bleu", "rouge1", "rouge2", "corpus_bleu")
         ),
