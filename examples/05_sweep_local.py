@@ -3,7 +3,8 @@
     python examples/05_sweep_local.py
 
 The sweep is a file in W&B's format (see recipes/sweep.yaml); from the command line the same is
-`himerge sweep FILE`. Run it twice: the second run goes on where the first one stopped.
+`himerge sweep FILE --eval my_evals.py`. Run it twice: the second run goes on where the first one
+stopped.
 """
 
 import argparse

@@ -1,4 +1,8 @@
-"""`himerge`: parse, call, print, exit code. 0 is success, 1 a refused merge, 2 a wrong call."""
+"""`himerge`: parse, call, print, exit code.
+
+0 is done. 1: the merge failed, or `check` found something. 2: bad input, that is a wrong call,
+recipe, option, adapter or data; nothing was paid for or written.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,18 @@ from rich.table import Table
 
 from .cli_bench import bench
 from .cli_check import check
+from .cli_recipe import (
+    Evals,
+    Overrides,
+    merge_recipe,
+    plan_recipe,
+    print_cost,
+    recipe_alone,
+    sweep_recipe,
+    validate,
+)
 from .cli_report import report
 from .config import HiMergeConfig
-from .cost import Cost
 from .errors import ConfigError, HiMergeError
 from .evals import load_evals
 from .hi import merge_adapters_hi
@@ -30,7 +43,8 @@ from .progress import ProgressBar
 from .tables import print_conflicts, print_scores
 
 if TYPE_CHECKING:
-    from .sweep import Outcome
+    from .result import MergeResult
+    from .sweep import Outcome, Sweep
 
 __all__ = ["app", "main"]
 
@@ -39,32 +53,26 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(check)
+app.command()(validate)
 
 app.command()(report)
 
-Adapters = Annotated[
-    list[str], typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")
-]
-Out = Annotated[Path, typer.Option(help="Folder to write the merged adapter to.")]
+_ADAPTER = typer.Option(help="NAME=FOLDER of one adapter; give it once per adapter.")
+_OUT = typer.Option(help="Folder to write the merged adapter to.")
+Adapters = Annotated[list[str], _ADAPTER]
+Out = Annotated[Path, _OUT]
+RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe (YAML), in place of the flags.")]
 
 
 @app.command()
 def merge(
-    adapter: Adapters,
-    out: Out,
+    recipe: RecipeFile = None,
+    adapter: Annotated[list[str] | None, _ADAPTER] = None,
+    out: Annotated[Path | None, _OUT] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
-    evals: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval",
-            help="Python file that defines eval_fns(tokenizer) -> {adapter name: function(model)}.",
-        ),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of one HiMergeConfig option, e.g. density=0.5."),
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name of the merged adapter.")] = "merged",
+    evals: Evals = None,
+    option: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name of the merged adapter.")] = None,
     merged: Annotated[
         Path | None, typer.Option(help="Also write base + merged delta as a full model here.")
     ] = None,
@@ -72,31 +80,24 @@ def merge(
         Path | None, typer.Option(help="Keep scores here; a killed merge, run again, goes on.")
     ] = None,
 ) -> None:
-    """Merge adapters from folders and write one adapter.
+    """Merge adapters from folders and write one adapter: by a recipe, or by flags.
 
     With --base and --eval: Hi-Merging. Without them, and with --set density=P --set scale=S: the
     adapters are pruned, scaled and summed from their files, and nothing is scored.
     """
+    if recipe is not None:
+        recipe_alone(adapter=adapter, base=base, name=name, merged=merged, journal=journal)
+        merge_recipe(recipe, option or [], evals, out)
+        return
+    if not adapter or out is None:
+        raise typer.BadParameter("give a recipe, or --adapter (once per adapter) and --out")
     config = HiMergeConfig(**_options(option or []))
     folders = _adapters(adapter)
+    name = name or "merged"
     if base is None or evals is None:
         _merge_unscored(folders, out, config, name, {"--base": base, "--eval": evals}, merged)
         return
-    from .folders import load_peft_model
-
-    build = load_evals(evals)
-    model, tokenizer = load_peft_model(base, folders)
-    eval_fns = build(tokenizer)
-    with ProgressBar(Console(stderr=True, quiet=not is_main())) as bar:
-        result = merge_adapters_hi(
-            model,
-            list(folders),
-            eval_fns,
-            adapter_name=name,
-            config=config,
-            callbacks=[bar],
-            journal=journal,
-        )
+    result = _merge_scored(folders, base, evals, config, name, journal)
     if not is_main():  # of several processes that made this merge together
         return
     result.save(out, sources=folders)
@@ -106,6 +107,30 @@ def merge(
     print_conflicts(screen, result)
     print_scores(screen, result)
     screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
+
+
+def _merge_scored(
+    folders: Mapping[str, Path],
+    base: Path,
+    evals: Path,
+    config: HiMergeConfig,
+    name: str,
+    journal: Path | None,
+) -> MergeResult:
+    from .folders import load_peft_model
+
+    build = load_evals(evals)
+    model, tokenizer = load_peft_model(base, folders)
+    with ProgressBar(Console(stderr=True, quiet=not is_main())) as bar:
+        return merge_adapters_hi(
+            model,
+            list(folders),
+            build(tokenizer),
+            adapter_name=name,
+            config=config,
+            callbacks=[bar],
+            journal=journal,
+        )
 
 
 def _merge_unscored(
@@ -162,45 +187,26 @@ def apply(
 
 @app.command("plan")
 def plan_cost(
-    adapter: Adapters,
+    recipe: RecipeFile = None,
+    adapter: Annotated[list[str] | None, _ADAPTER] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of one HiMergeConfig option, e.g. density=0.5."),
-    ] = None,
+    option: Overrides = None,
     guard: Annotated[
         list[str] | None, typer.Option(help="Name of a further task that guards the merge.")
     ] = None,
+    evals: Evals = None,
 ) -> None:
     """Print what a merge would cost at most, before it is paid; nothing is scored or written."""
     from .preview import preview
 
-    config = HiMergeConfig(**_options(option or []))
-    found = preview(base, _adapters(adapter), config, guard or [])
-    screen = Console()
-    for name in found.zero:
-        screen.print(f"adapter {name!r} has no effect: its task is a guard", markup=False)
-    screen.print(_cost_table(found.cost))
-    times = found.cost.shared_blocks / max(1, found.blocks)
-    screen.print(
-        f"{found.layers} layers are judged; a full score runs {found.blocks} blocks. "
-        f"All this takes about as long as {times:.0f} full scores.",
-        soft_wrap=True,
-    )
-
-
-def _cost_table(cost: Cost) -> Table:
-    table = Table("step", title="At most", show_footer=True)
-    table.columns[0].footer = "total"
-    for title, total in (
-        ("scores", cost.scores),
-        ("blocks, each score in full", cost.naive_blocks),
-        ("blocks, shared", cost.shared_blocks),
-    ):
-        table.add_column(title, str(total), justify="right")
-    for step in cost.steps:
-        table.add_row(step.name, str(step.scores), str(step.naive_blocks), str(step.shared_blocks))
-    return table
+    if recipe is not None:
+        recipe_alone(adapter=adapter, base=base, guard=guard)
+        plan_recipe(recipe, option or [], evals)
+    elif adapter:
+        config = HiMergeConfig(**_options(option or []))
+        print_cost(Console(), preview(base, _adapters(adapter), config, guard or []))
+    else:
+        raise typer.BadParameter("give a recipe, or --adapter (once per adapter)")
 
 
 @app.command()
@@ -217,18 +223,14 @@ def sweep(
         Path | None, typer.Option(help="Folder to write the best merged adapter to.")
     ] = None,
     agent: Annotated[bool, typer.Option(help="Run one trial for W&B's agent.")] = False,
+    evals: Evals = None,
     worker: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Search options by many merges: here with Optuna, or as the program of a W&B sweep."""
-    from .folders import load_peft_model
     from .sweep import merger, read_sweep, run_agent, run_local
 
-    wanted = read_sweep(recipe)
-    if wanted.base is None or wanted.evals is None or not wanted.adapters:
-        raise ConfigError(f"{str(recipe)!r} needs himerge.base, himerge.adapters, himerge.eval.")
-    build = load_evals(wanted.evals)
-    model, tokenizer = load_peft_model(wanted.base, wanted.adapters)
-    names, eval_fns = list(wanted.adapters), build(tokenizer)
+    wanted, model, folders, eval_fns = _sweep_parts(recipe, read_sweep(recipe), evals)
+    names = list(folders)
     if agent:
         run_agent(wanted, merger(model, names, eval_fns))
         return
@@ -240,7 +242,7 @@ def sweep(
     def tell(number: int, score: float | None) -> None:
         screen.print(f"trial {number}: " + ("no score" if score is None else f"{score:.4f}"))
 
-    helpers = _start_workers(workers, recipe, study, trials) if worker == 0 else []
+    helpers = _start_workers(workers, recipe, study, trials, evals) if worker == 0 else []
     found = run_local(wanted, merge, study=study, trials=trials, seed=worker, on_trial=tell)
     if worker > 0:
         return
@@ -252,15 +254,39 @@ def sweep(
     if out is not None:
         config = wanted.config(found.values)
         result = merge_adapters_hi(model, names, eval_fns, config=config, journal=journal)
-        result.save(out, sources=wanted.adapters)
+        result.save(out, sources=folders)
         screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
 
 
+def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, Any, Any, Any]:
+    """Return (the sweep with all fixed options, model, adapter -> folder, eval functions)."""
+    from .folders import load_peft_model
+
+    if wanted.recipe is not None:
+        if wanted.base or wanted.adapters:
+            raise ConfigError(
+                f"{str(file)!r} names himerge.recipe, which says base and adapters: leave out "
+                f"himerge.base and himerge.adapters."
+            )
+        options, model, folders, eval_fns = sweep_recipe(wanted.recipe, evals)
+        return wanted.within(options), model, folders, eval_fns
+    if wanted.base is None or not wanted.adapters:
+        raise ConfigError(
+            f"{str(file)!r} needs himerge.recipe, or himerge.base and himerge.adapters."
+        )
+    if evals is None:
+        raise ConfigError("--eval is missing: the Python file that defines eval_fns.")
+    build = load_evals(evals)
+    model, tokenizer = load_peft_model(wanted.base, wanted.adapters)
+    return wanted, model, wanted.adapters, build(tokenizer)
+
+
 def _start_workers(
-    workers: int, recipe: Path, study: Path, trials: int | None
+    workers: int, recipe: Path, study: Path, trials: int | None, evals: Path | None
 ) -> list[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "peft_himerge", "sweep", str(recipe), "--study", str(study)]
     command += [] if trials is None else ["--trials", str(trials)]
+    command += [] if evals is None else ["--eval", str(evals)]
     return [subprocess.Popen([*command, "--worker", str(number)]) for number in range(1, workers)]
 
 
@@ -322,7 +348,7 @@ def _adapters(pairs: list[str]) -> dict[str, Path]:
 
 
 def main() -> None:
-    """Run the command line; errors are one sentence on stderr, not a traceback."""
+    """Run the command line; errors are told on stderr, not as a traceback."""
     # transformers 5.23 deprecates an attribute that PEFT still reads; nothing a user can do.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     try:
@@ -330,4 +356,5 @@ def main() -> None:
     except HiMergeError as exc:
         text = f"[red]error:[/red] {escape(str(exc))}"
         Console(stderr=True).print(text, soft_wrap=True, highlight=False)
-        sys.exit(1)
+        # What the user gave is at fault where a caller would expect ValueError or ImportError.
+        sys.exit(2 if isinstance(exc, (ValueError, ImportError)) else 1)

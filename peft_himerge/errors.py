@@ -9,6 +9,7 @@ builtin a caller would expect, so `except ValueError` keeps working.
     ├── AdapterError       (ValueError)   an adapter cannot be merged; the text says which and why
     ├── EvalError          (RuntimeError) an eval function returned something that is not a score
     ├── ExportError        (RuntimeError) the exported adapter is not as good as the merged state
+    ├── BudgetError        (RuntimeError) a merge took longer than it was allowed to
     ├── JournalError       (OSError)      the journal of scores is in use, or cannot be written
     ├── ProcessError       (RuntimeError) another process of the same merge failed or is missing
     └── MissingExtraError  (ImportError)  an optional package is needed and not installed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "BudgetError",
     "ConfigError",
     "EvalError",
     "ExportError",
@@ -68,6 +70,10 @@ class ExportError(HiMergeError, RuntimeError):
     def __init__(self, message: str, plan: MergePlan | None = None) -> None:
         super().__init__(message)
         self.plan = plan
+
+
+class BudgetError(HiMergeError, RuntimeError):
+    """A merge took longer than it was allowed to; its journal keeps what is known."""
 
 
 class JournalError(HiMergeError, OSError):

@@ -70,9 +70,10 @@ class StateScored:
     """One score was computed (never sent for a score that was known already).
 
     Attributes:
-        stage: what the score is for: "states", "search", "analysis", "repair" or "export".
+        stage: what the score is for: "states", "search", "analysis", "repair", "export" or, after a
+            recipe's merge, "test".
         task: name of the task.
-        plan: the scored state; None for the exported adapter.
+        plan: the scored state; None for the exported adapter and for what is tested.
         score: the score.
         seconds: wall time of this score, putting the state in place included.
         done: scores computed so far in this run.

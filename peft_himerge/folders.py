@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,7 +21,14 @@ from .adapters import check_config, check_values, warn_if_zero
 from .errors import AdapterError, ConfigError
 from .factors import Adapter, Kind, LoraFactors
 
-__all__ = ["load_peft_model", "read_folder"]
+__all__ = [
+    "auto_class",
+    "check_base",
+    "load_peft_model",
+    "load_tokenizer",
+    "read_folder",
+    "saved_modules",
+]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -37,7 +44,11 @@ _CLASSES = {
 
 
 def load_peft_model(
-    base: str | Path, adapters: Mapping[str, str | Path], *, dtype: torch.dtype = torch.float32
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    *,
+    dtype: torch.dtype = torch.float32,
+    bodies: bool = False,
 ) -> tuple[PeftModel, Any]:
     """Return (model with all adapters loaded, tokenizer or None).
 
@@ -45,31 +56,103 @@ def load_peft_model(
         base: folder of the base model.
         adapters: adapter name -> its folder, at least one.
         dtype: dtype the base is loaded in.
+        bodies: leave the adapters' saved modules (their heads) in their folders, and load what can
+            be merged: the low-rank factors.
 
     Raises:
         ConfigError: `base` is no folder of a model.
         AdapterError: a folder holds no safetensors adapter, or the task types differ.
     """
     source = Path(base)
-    if not (source / "config.json").is_file():
-        raise ConfigError(f"--base {str(base)!r} has no config.json: not a model folder.")
+    check_base(source)
     kinds = {name: _task_type(name, Path(folder)) for name, folder in adapters.items()}
-    if len(set(kinds.values())) != 1:
-        raise AdapterError(f"the adapters have different task types: {kinds}.")
-    task_type = next(iter(kinds.values()))
-    if task_type not in _CLASSES:
-        raise AdapterError(f"task_type {task_type!r} is not known. Allowed: {', '.join(_CLASSES)}.")
-    model = getattr(transformers, _CLASSES[task_type]).from_pretrained(source, dtype=dtype)
+    auto = auto_class(kinds)
+    with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn at random
+        torch.manual_seed(0)
+        model = auto.from_pretrained(source, dtype=dtype)
     wrapped: PeftModel | None = None
     for name, folder in adapters.items():
-        if wrapped is None:
+        if bodies:
+            wrapped = _add_body(wrapped or model, name, Path(folder))
+        elif wrapped is None:
             wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         else:
             wrapped.load_adapter(str(folder), adapter_name=name)
     assert wrapped is not None
-    has_tokenizer = any(source.glob("tokenizer*"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source) if has_tokenizer else None
-    return wrapped.eval(), tokenizer
+    return wrapped.eval(), load_tokenizer(source)
+
+
+def auto_class(kinds: Mapping[str, str]) -> Any:
+    """Return the class of transformers that a base is loaded with.
+
+    Args:
+        kinds: adapter -> its task type.
+
+    Raises:
+        AdapterError: they differ, or one is not known.
+    """
+    if len(set(kinds.values())) != 1:
+        raise AdapterError(f"the adapters have different task types: {dict(kinds)}.")
+    task_type = next(iter(kinds.values()))
+    if task_type not in _CLASSES:
+        raise AdapterError(f"task_type {task_type!r} is not known. Allowed: {', '.join(_CLASSES)}.")
+    return getattr(transformers, _CLASSES[task_type])
+
+
+def load_tokenizer(base: str | Path) -> Any:
+    """Return the tokenizer in a model's folder, or None if there is none.
+
+    Raises:
+        ConfigError: there is one, and it cannot be read.
+    """
+    if not any(Path(base).glob("tokenizer*")):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(base)
+    except Exception as exc:  # the tokenizers library raises bare ones
+        raise ConfigError(f"the tokenizer in {str(base)!r} cannot be read: {exc}") from exc
+
+
+def check_base(base: Path) -> None:
+    """Refuse what is no folder of a model.
+
+    Raises:
+        ConfigError: with what to look for.
+    """
+    if not (base / "config.json").is_file():
+        raise ConfigError(f"the base {str(base)!r} has no config.json: not a model folder.")
+
+
+def saved_modules(name: str, folder: str | Path) -> list[str]:
+    """Return the modules that an adapter saved whole (modules_to_save), such as its head.
+
+    Raises:
+        AdapterError: the folder is no safetensors adapter.
+    """
+    return list(_read_config(name, Path(folder)).get("modules_to_save") or [])
+
+
+def _add_body(model: Any, name: str, folder: Path) -> PeftModel:
+    """Add an adapter without its saved modules to a model."""
+    config = LoraConfig.from_pretrained(str(folder))
+    saved = set(config.modules_to_save or ())
+    # PEFT's classes for classification would make heads of their own.
+    config.modules_to_save, config.task_type = None, None
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+    else:
+        model = PeftModel(model, config, adapter_name=name)
+    held = _map_file(name, folder / _WEIGHTS)
+    state = {key: tensor for key, tensor in held.items() if not saved & set(key.split("."))}
+    lost = set_peft_model_state_dict(model, state, adapter_name=name)
+    if lost.unexpected_keys:
+        raise AdapterError(
+            f"adapter {name!r}: the base model has no place for {lost.unexpected_keys[0]!r}; it "
+            f"was trained on another base model."
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    return model
 
 
 def _task_type(name: str, folder: Path) -> str:
@@ -121,7 +204,7 @@ _WHAT: Mapping[str, str] = MappingProxyType(
 )
 
 
-def read_folder(name: str, folder: str | Path) -> Adapter:
+def read_folder(name: str, folder: str | Path, *, body: bool = False) -> Adapter:
     """Return the adapter in `folder` as views of its memory-mapped file.
 
     Source of names and scalings: PEFT's own layout and rules (`get_peft_model_state_dict`;
@@ -130,6 +213,7 @@ def read_folder(name: str, folder: str | Path) -> Adapter:
     Args:
         name: what to call it; also in messages.
         folder: holds adapter_config.json and adapter_model.safetensors.
+        body: pass over its saved modules, which otherwise are refused.
 
     Raises:
         AdapterError: the folder is no whole safetensors adapter, is not plain LoRA, contradicts
@@ -137,8 +221,12 @@ def read_folder(name: str, folder: str | Path) -> Adapter:
     """
     source = Path(folder)
     config = _read_config(name, source)
+    tensors = _map_file(name, source / _WEIGHTS)
+    if body:
+        saved = set(config.pop("modules_to_save", None) or ())
+        tensors = {key: t for key, t in tensors.items() if not saved & set(key.split("."))}
     _check_fields(name, config)
-    pairs = _pair_up(name, _map_file(name, source / _WEIGHTS))
+    pairs = _pair_up(name, tensors)
     factors = {module: _factors(name, module, *pairs[module], config) for module in sorted(pairs)}
     settings = {
         key: config.get(key) for key in ("task_type", "revision", "auto_mapping", "target_modules")

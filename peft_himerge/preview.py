@@ -15,7 +15,8 @@ from .combine import Combiner
 from .config import HiMergeConfig
 from .cost import Cost, estimate
 from .errors import AdapterError, ConfigError
-from .folders import read_folder
+from .factors import Adapter
+from .folders import auto_class, check_base, read_folder
 from .layers import OUTSIDE
 
 __all__ = ["Preview", "preview"]
@@ -44,6 +45,8 @@ def preview(
     adapters: Mapping[str, str | Path],
     config: HiMergeConfig,
     guards: Sequence[str] = (),
+    *,
+    bodies: bool = False,
 ) -> Preview:
     """Return what `merge_adapters_hi` would cost for adapters in folders.
 
@@ -53,32 +56,42 @@ def preview(
         adapters: adapter name -> its folder.
         config: the options of the merge.
         guards: names of further tasks.
+        bodies: pass over saved modules, as `load_peft_model` does.
 
     Raises:
         ConfigError: `base` is no folder of a model, or an option names other adapters.
         AdapterError: an adapter cannot be read, or does not fit the base model.
     """
     config.check_names(list(adapters), [*adapters, *guards])
-    read = [read_folder(name, folder) for name, folder in adapters.items()]
+    read = [read_folder(name, folder, body=bodies) for name, folder in adapters.items()]
     combiner = Combiner(read)
     order = [layer.label for layer in combiner.in_order()]
     if base is not None:
-        order = _all_blocks(_skeleton(Path(base)), combiner, order)
+        order = _all_blocks(_skeleton(Path(base), read), combiner, order)
     zero = tuple(adapter.name for adapter in read if adapter.is_zero)
     own = [name for name in adapters if name not in zero]
     cost = estimate(combiner.table(), own, [*zero, *guards], config, order=order)
     return Preview(cost, sum(label != OUTSIDE for label in order), len(combiner.layers), zero)
 
 
-def _skeleton(base: Path) -> nn.Module:
-    """Return the base model's modules without weights."""
-    if not (base / "config.json").is_file():
-        raise ConfigError(f"--base {str(base)!r} has no config.json: not a model folder.")
-    settings = transformers.AutoConfig.from_pretrained(base)
+def _skeleton(base: Path, adapters: Sequence[Adapter]) -> nn.Module:
+    """Return the base model's modules without weights, of the class it is loaded with."""
+    check_base(base)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as exc:
+        text = f"config.json of the base {str(base)!r} cannot be read: {exc}"
+        raise ConfigError(text) from exc
+    kinds = {a.name: str(a.settings["task_type"]) for a in adapters if a.settings["task_type"]}
     named = [getattr(transformers, name, None) for name in settings.architectures or ()]
     with torch.device("meta"):
-        if named and named[0] is not None:
-            model: nn.Module = named[0](settings)
+        if kinds:
+            try:
+                model: nn.Module = auto_class(kinds).from_config(settings)
+            except ValueError as exc:  # what transformers says of a config without that class
+                raise ConfigError(f"the base {str(base)!r}: {str(exc).splitlines()[0]}") from exc
+        elif named and named[0] is not None:
+            model = named[0](settings)
         else:
             model = transformers.AutoModelForCausalLM.from_config(settings)
     return model

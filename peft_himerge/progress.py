@@ -24,6 +24,7 @@ _STAGES = {
     "analysis": "measuring layers",
     "repair": "repairing layers",
     "export": "scoring the exported adapter",
+    "test": "scoring test data",
 }
 
 

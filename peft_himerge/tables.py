@@ -11,10 +11,10 @@ from .result import MergeResult
 __all__ = ["print_conflicts", "print_scores"]
 
 
-def print_scores(console: Console, result: MergeResult) -> None:
+def print_scores(console: Console, result: MergeResult, title: str = "Scores") -> None:
     """Print state x task with standard errors."""
     header, rows = score_rows(result.scores, result.standard_errors)
-    table = Table(*header, title="Scores")
+    table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "names": {"errors"},
     "portable": {"errors"},
     "randomness": {"errors"},
+    "yaml_file": {"errors"},
     "processes": {"errors"},
     "sampler": {"errors"},
     "factors": {"errors", "threads"},
@@ -74,7 +75,7 @@ ROOMS: dict[str, set[str]] = {
         *("plan", "probe", "processes", "randomness", "scoring"),
     },
     # floor 6: what the user gets back
-    "preview": {"blocks", "combine", "config", "cost", "errors", "folders", "layers"},
+    "preview": {"blocks", "combine", "config", "cost", "errors", "factors", "folders", "layers"},
     "result": {
         *("adapters", "card", "checkpoint", "files", "geometry", "page"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
@@ -138,7 +139,12 @@ ROOMS: dict[str, set[str]] = {
     },
     "sweep": {
         *("config", "errors", "events", "hi", "probe", "result", "sampler", "scoring"),
-        "tracking",
+        *("tracking", "yaml_file"),
+    },
+    "recipe": {
+        *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
+        *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
+        *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
     },
     # floor 9: front doors
     "__init__": {
@@ -151,8 +157,12 @@ ROOMS: dict[str, set[str]] = {
     },
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
+    "cli_recipe": {
+        *("cost", "errors", "offline", "preview", "processes", "progress", "recipe", "result"),
+        "tables",
+    },
     "cli": {
-        *("cli_bench", "cli_check"),
+        *("cli_bench", "cli_check", "cli_recipe", "recipe"),
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
         *("cli_report", "preview", "processes", "sweep", "tables"),
@@ -171,6 +181,7 @@ TYPES_ONLY = {
 
 NO_TORCH = {
     "names",
+    "yaml_file",
     "card",
     "portable",
     "errors",
@@ -193,7 +204,7 @@ MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
-    *("result", "rounds", "sweep", "training", "weighted"),
+    *("recipe", "result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
@@ -219,12 +230,12 @@ DOORS: dict[str, set[str]] = {
     },
     "accelerate": {"identity", "processes", "rounds", "training"},
     "huggingface_hub": {"card"},
-    "pydantic": {"config", "page"},
+    "pydantic": {"config", "page", "recipe"},
     "jinja2": {"page"},
     "plotly": {"page"},
     "psutil": {"probe"},
     "optuna": {"sampler"},
-    "yaml": {"card", "sweep"},
+    "yaml": {"card", "recipe", "yaml_file"},
     "pandas": {"contribution"},
     "datasets": {"evals"},
     "evaluate": {"evals"},
@@ -233,8 +244,8 @@ DOORS: dict[str, set[str]] = {
     "sacrebleu": {"evals"},
     "scipy": {"evals"},
     "tqdm": {"evals"},
-    "typer": {"cli", "cli_bench", "cli_check", "cli_report"},
-    "rich": {"cli", "cli_check", "cli_report", "demo", "progress", "tables"},
+    "typer": {"cli", "cli_bench", "cli_check", "cli_recipe", "cli_report"},
+    "rich": {"cli", "cli_check", "cli_recipe", "cli_report", "demo", "progress", "tables"},
     "wandb": {"sweep", "tracking"},
     "matplotlib": {"tracking"},
     "babel": {"demo"},

@@ -94,7 +94,7 @@ def test_merge_command_refuses_and_writes_nothing(
     folders: Path, tmp_path: Path, change: list[str], text: str
 ) -> None:
     done = himerge(*merge_args(folders, tmp_path / "out"), *change)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert text in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -106,7 +106,7 @@ def test_merge_command_says_what_an_eval_file_must_define(folders: Path, tmp_pat
     args = merge_args(folders, tmp_path / "out")
     args[args.index(folders / "my_evals.py")] = empty
     done = himerge(*args)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "defines no eval_fns(tokenizer)" in " ".join(done.stderr.split())
 
 

@@ -362,7 +362,7 @@ def test_a_merge_command_without_scores_says_what_is_missing(
     more: list[str], text: str, tmp_path: Path
 ) -> None:
     done = himerge("merge", "--adapter", "a=a", "--out", tmp_path / "out", *more)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert text in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
 

@@ -288,6 +288,6 @@ def test_plan_command_prints_every_step_and_writes_nothing(folders: Path) -> Non
 
 def test_plan_command_refuses_like_the_merge(folders: Path) -> None:
     done = plan_command(folders, "--set", "densty=0.5")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Did you mean 'density'" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

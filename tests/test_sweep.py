@@ -67,8 +67,9 @@ def test_shipped_recipe_is_one_that_wandb_can_run() -> None:
     import yaml
 
     data = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    assert data["command"] == ["himerge", "sweep", "${program}", "--agent"]
-    assert data["program"] == "recipes/sweep.yaml"
+    wanted = ["himerge", "sweep", "${program}", "--agent", "--eval", "my_evals.py"]
+    assert data["command"] == wanted
+    assert data["program"] == "sweep.yaml"
     assert all(key.startswith("himerge.") for key in data["parameters"])
     json.dumps(data)  # W&B sends it as JSON
 
@@ -123,10 +124,10 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         assert text in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "match"), [("[", "not valid YAML"), ("- a", "is no sweep")])
+@pytest.mark.parametrize(("text", "match"), [("[", "no valid YAML"), ("- a", "a table of keys")])
 def test_files_that_are_no_sweep_are_refused(text: str, match: str, tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
-    with pytest.raises(ConfigError, match="no sweep file"):
+    with pytest.raises(ConfigError, match="no such file"):
         read_sweep(file)
     file.write_text(text)
     with pytest.raises(ConfigError, match=match):
@@ -323,7 +324,19 @@ def test_sweep_command_with_two_workers_writes_the_best_adapter(
     folders: Path, tmp_path: Path
 ) -> None:
     study, out = tmp_path / "study.db", tmp_path / "best"
-    args = ["sweep.yaml", "--study", study, "--trials", 4, "--workers", 2, "--out", out]
+    args = [
+        "sweep.yaml",
+        "--eval",
+        "my_evals.py",
+        "--study",
+        study,
+        "--trials",
+        4,
+        "--workers",
+        2,
+        "--out",
+        out,
+    ]
     done = himerge(folders, *args)
     assert done.returncode == 0, done.stderr
     assert "Best score" in done.stdout
@@ -337,11 +350,17 @@ def test_sweep_command_with_two_workers_writes_the_best_adapter(
     assert PeftModel.from_pretrained(base, str(out)).active_adapter == "default"
 
 
-def test_sweep_command_needs_the_three_places(folders: Path, tmp_path: Path) -> None:
+def test_sweep_command_needs_the_places_and_the_file(folders: Path, tmp_path: Path) -> None:
     file = write(tmp_path, "himerge.density: {min: 0.1, max: 1.0}")
     done = himerge(folders, file)
-    assert done.returncode == 1
-    assert "needs himerge.base, himerge.adapters, himerge.eval" in done.stderr
+    assert done.returncode == 2
+    assert "needs himerge.recipe, or himerge.base and himerge.adapters" in done.stderr
+    done = himerge(folders, "sweep.yaml")
+    assert done.returncode == 2
+    assert "--eval is missing" in done.stderr
+    more = write(tmp_path, "himerge.density: {value: 0.5}", "himerge.eval: {value: my_evals.py}")
+    with pytest.raises(ConfigError, match=r"cannot name code to run.*--eval my_evals\.py"):
+        read_sweep(more)
 
 
 def test_agent_runs_one_trial_with_the_options_of_the_run(folders: Path, tmp_path: Path) -> None:
@@ -353,7 +372,7 @@ def test_agent_runs_one_trial_with_the_options_of_the_run(folders: Path, tmp_pat
     (tmp_path / "chosen.yaml").write_text("\n".join(lines) + "\n")
     done = himerge(
         folders,
-        *("sweep.yaml", "--agent"),
+        *("sweep.yaml", "--agent", "--eval", "my_evals.py"),
         WANDB_MODE="offline",
         WANDB_DIR=str(tmp_path),
         WANDB_SWEEP_PARAM_PATH=str(tmp_path / "chosen.yaml"),

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import ConfigError
 from ..layers import OUTSIDE, layer_of
 
-__all__ = ["Conflict", "Contribution", "Pair", "Report", "parse_report", "read_report"]
+__all__ = ["Conflict", "Contribution", "Pair", "Report", "Test", "parse_report", "read_report"]
 
 FORMAT = "peft_himerge.report/1"
 
@@ -129,6 +129,32 @@ class Geometry(_Facts):
     singular_values: dict[str, list[float] | None] = {}
 
 
+class Test(_Facts):
+    """Scores of test data, on which nothing was decided: state -> task -> score, standard error.
+
+    The states are "base", each adapter, and the merged adapter as it was exported.
+    """
+
+    __test__ = False  # pytest takes every class of that name for tests
+
+    scores: dict[str, dict[str, float]]
+    standard_errors: dict[str, dict[str, float | None]] = {}
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(next(iter(self.scores.values()), {}))
+
+    @property
+    def merged(self) -> str:
+        """The state that is the merged adapter: the last one."""
+        return list(self.scores)[-1]
+
+    def share_kept(self, state: str, task: str) -> float | None:
+        """As `Report.share_kept`, on test data."""
+        return _share_kept(self.scores, state, task)
+
+
 class Report(_Facts):
     """The content of report.json.
 
@@ -137,6 +163,7 @@ class Report(_Facts):
         plan: the decision.
         scores: state -> task -> score.
         standard_errors: state -> task -> standard error, None without per-example scores.
+        test: scores of test data, if a recipe gave some.
         metrics: state -> task -> metric -> value, what else the eval functions returned.
         contributions: one record per (layer, task).
         conflicts: one record per layer, in the order they were treated.
@@ -153,6 +180,7 @@ class Report(_Facts):
     plan: Plan
     scores: dict[str, dict[str, float]]
     standard_errors: dict[str, dict[str, float | None]] = {}
+    test: Test | None = None
     metrics: dict[str, dict[str, dict[str, float | None]]] = {}
     contributions: list[Contribution] = []
     conflicts: list[Conflict] = []
@@ -188,10 +216,14 @@ class Report(_Facts):
 
         None for a task without adapter, or if its adapter alone is not better than the base.
         """
-        if task not in self.scores or "base" not in self.scores:
-            return None
-        base, alone = self.scores["base"][task], self.scores[task][task]
-        return (self.scores[state][task] - base) / (alone - base) if alone > base else None
+        return _share_kept(self.scores, state, task)
+
+
+def _share_kept(scores: Mapping[str, Mapping[str, float]], state: str, task: str) -> float | None:
+    if task not in scores or "base" not in scores:
+        return None
+    base, alone = scores["base"][task], scores[task][task]
+    return (scores[state][task] - base) / (alone - base) if alone > base else None
 
 
 def _place(label: str) -> tuple[bool, str, int]:

@@ -68,6 +68,9 @@ def render_page(report: Report) -> str:
     shortened = [label for label in labels if short[label] != label]
     means = {state: mean(list(row.values())) for state, row in report.scores.items()}
     shares = [report.share_kept("exported", task) for task in report.tasks] if means else []
+    if report.test is not None:
+        held = report.test
+        shares = [held.share_kept(held.merged, task) for task in held.tasks]
     kept = mean([share for share in shares if share is not None])
     kinds = {kind: 0 for kind in ("severe", "partial", "mutual")}
     for conflict in report.conflicts:

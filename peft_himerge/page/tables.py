@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .charts import state_label
 from .deltas import merged_norms, pair_name
-from .facts import Conflict, Report, short_names
+from .facts import Conflict, Report, Test, short_names
 
 __all__ = ["Cell", "Table", "signed", "tables_of", "with_error"]
 
@@ -68,6 +68,7 @@ def signed(value: float | None) -> str:
 def tables_of(report: Report) -> dict[str, Table]:
     """Return the tables of one report by name; those without rows are left out."""
     made = {
+        "test": _test(report),
         "scores": _scores(report),
         "metrics": _metrics(report),
         "edits": _edits(report),
@@ -92,19 +93,29 @@ def _percent(value: float | None) -> str:
 
 
 def _scores(report: Report) -> Table:
+    return _score_table("Scores", report, report)
+
+
+def _test(report: Report) -> Table:
+    return _score_table("Test scores", report, report.test or Test(scores={}))
+
+
+def _score_table(title: str, report: Report, held: Report | Test) -> Table:
     rows = []
-    for state, scored in report.scores.items():
-        shares = {task: report.share_kept(state, task) for task in report.tasks}
-        cells = [Cell(state_label(report, state))]
-        for task in report.tasks:
-            se = report.standard_errors.get(state, {}).get(task)
+    for state, scored in held.scores.items():
+        shares = {task: held.share_kept(state, task) for task in held.tasks}
+        # What is tested is the adapter as it was written, whatever its name.
+        tested = isinstance(held, Test) and state == held.merged
+        cells = [Cell(state_label(report, "exported" if tested else state))]
+        for task in held.tasks:
+            se = held.standard_errors.get(state, {}).get(task)
             share = shares[task]
             note = "" if share is None else f"{share:.0%} kept"
             cells.append(Cell(with_error(scored[task], se), note))
         known = [share for share in shares.values() if share is not None]
         cells += [Cell(with_error(mean(list(scored.values())))), Cell(_percent(mean(known)))]
         rows.append(cells)
-    return table("Scores", ["state", *report.tasks, "mean", "share kept"], rows)
+    return table(title, ["state", *held.tasks, "mean", "share kept"], rows)
 
 
 def _metrics(report: Report) -> Table:

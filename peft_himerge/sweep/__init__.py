@@ -2,8 +2,8 @@
 
 The file is a W&B sweep configuration. Its parameters are named `himerge.<option>` so that they can
 never meet a training argument of the same name (transformers writes all of those into the run's
-config); `himerge.base`, `himerge.adapters` and `himerge.eval` say what is merged. The local driver
-reads the same file and needs no server: Optuna, with the study in a SQLite file, so that it
+config); `himerge.base` and `himerge.adapters`, or `himerge.recipe`, say what is merged. The local
+driver reads the same file and needs no server: Optuna, with the study in a SQLite file, so that it
 resumes and several workers share it.
 """
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import HiMergeConfig
-from ..errors import ConfigError, MissingExtraError, suggest
+from ..errors import ConfigError, suggest
+from ..yaml_file import read_yaml
 
 __all__ = ["METRIC", "PREFIX", "Parameter", "Sweep", "read_sweep"]
 
 METRIC = "himerge/best_score"
 PREFIX = "himerge."
-_PLACES = ("base", "adapters", "eval")
+_PLACES = ("base", "adapters", "recipe")
 _PER_ADAPTER = ("density", "scale")
 _METHODS = ("bayes", "random", "grid")
 _KEYS = (
@@ -63,7 +64,7 @@ class Sweep:
         fixed: option -> its one value.
         base: folder of the base model, or None if the file names none.
         adapters: name -> folder.
-        evals: Python file that defines eval_fns, or None.
+        recipe: a recipe that says base, adapters, tasks and further options, or None.
         trials: `run_cap`, or None.
     """
 
@@ -72,8 +73,14 @@ class Sweep:
     fixed: Mapping[str, Any]
     base: Path | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
-    evals: Path | None = None
+    recipe: Path | None = None
     trials: int | None = None
+
+    def within(self, options: Mapping[str, Any]) -> Sweep:
+        """Return the sweep with further fixed options; what it says itself goes first."""
+        own = {name.partition(".")[0] for name in (*self.fixed, *self.space)}
+        further = {name: value for name, value in options.items() if name not in own}
+        return replace(self, fixed={**further, **self.fixed})
 
     def config(self, values: Mapping[str, Any]) -> HiMergeConfig:
         """Return the options of one trial; `values` has the names of `space`."""
@@ -98,21 +105,12 @@ def read_sweep(path: str | Path) -> Sweep:
 
     Raises:
         ConfigError: the file is not there or no sweep of ours; the text names every fault.
-        MissingExtraError: PyYAML is not installed.
     """
-    try:
-        import yaml
-    except ImportError as exc:
-        raise MissingExtraError("sweeps need PyYAML: pip install 'peft-himerge[sweep]'.") from exc
     file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"no sweep file {str(path)!r}.")
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"{str(path)!r} is not valid YAML: {exc}.") from exc
-    if not isinstance(data, dict):
-        raise ConfigError(f"{str(path)!r} is no sweep: expected keys such as 'parameters'.")
+        data = read_yaml(file)
+    except ConfigError as exc:
+        raise ConfigError(f"{str(path)!r}: {exc}") from exc
     faults = _faults(data)
     space: dict[str, Parameter] = {}
     fixed: dict[str, Any] = {}
@@ -131,7 +129,7 @@ def read_sweep(path: str | Path) -> Sweep:
         fixed=fixed,
         base=_beside(file, places["base"]),
         adapters={n: _beside(file, f) for n, f in (places["adapters"] or {}).items()},
-        evals=_beside(file, places["eval"]),
+        recipe=_beside(file, places["recipe"]),
         trials=data.get("run_cap"),
     )
     sweep.config({name: _example(entry) for name, entry in space.items()})
@@ -162,6 +160,11 @@ def _take(key: str, entry: Any, space: dict[str, Parameter], fixed: dict[str, An
     name = key.removeprefix(PREFIX)
     option, _, adapter = name.partition(".")
     known = (*HiMergeConfig.model_fields, *_PLACES)
+    if option == "eval":
+        raise ConfigError(
+            f"{key!r}: a file cannot name code to run. Name it on the command line, "
+            f"--eval my_evals.py, or name a recipe, {PREFIX}recipe."
+        )
     if name == key:
         raise ConfigError(f"parameter {key!r} must be named {PREFIX + key!r}.")
     if option not in known or (adapter and option not in _PER_ADAPTER):

@@ -1,0 +1,32 @@
+"""Recipes: a merge written down in YAML, for users who write no Python.
+
+`read_recipe` reads and checks a file, `examine` looks at what it names without loading a weight of
+the base model, `run_recipe` merges. Nothing that a recipe names is executed: a Python file with
+eval functions must be given by the caller (`--eval` on the command line).
+"""
+
+from .examine import Examined as Examined
+from .examine import Look as Look
+from .examine import examine as examine
+from .faults import Fault as Fault
+from .faults import RecipeError as RecipeError
+from .read import read_recipe as read_recipe
+from .run import Merged as Merged
+from .run import load_model as load_model
+from .run import run_recipe as run_recipe
+from .schema import Recipe as Recipe
+from .tasks import hi_config as hi_config
+
+__all__ = [
+    "Examined",
+    "Fault",
+    "Look",
+    "Merged",
+    "Recipe",
+    "RecipeError",
+    "examine",
+    "hi_config",
+    "load_model",
+    "read_recipe",
+    "run_recipe",
+]
