@@ -19,10 +19,17 @@ __all__ = ["replacing", "stream_tensors", "write_text"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; on success it takes the place of `path` at once."""
+    """Give a path beside `path` to write to; on success it takes the place of `path` at once.
+
+    The file may be read by whoever may read new files here: safetensors 0.8 alone would make it
+    readable by its owner only, so that a server of another user could not load it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.touch()
+    mode = beside.stat().st_mode
     try:
         yield beside
+        beside.chmod(mode)
         with beside.open("rb") as written:
             os.fsync(written.fileno())
         beside.replace(path)

@@ -736,3 +736,12 @@ def test_new_adapter_is_plain_lora_that_peft_can_train_further(tmp_path: Path) -
     assert trained
     assert all("merged" in n.split(".") for n in trained)
     assert isinstance(model.peft_config["merged"], LoraConfig)
+
+
+def test_saved_files_are_as_readable_as_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    model_wise(tiny.peft_model("llama")).save(tmp_path / "out")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(modes, usual)
+    assert "adapter_model.safetensors" in modes
