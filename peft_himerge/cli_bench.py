@@ -14,10 +14,16 @@ __all__ = ["bench"]
 
 
 def bench(
-    base: Annotated[Path, typer.Option(help="Folder of the base model, a causal LM.")],
-    adapters: Annotated[Path, typer.Option(help="Folder with one adapter folder per task.")],
-    data: Annotated[Path, typer.Option(help="Folder with one folder of JSONL files per task.")],
     out: Annotated[Path, typer.Option(help="Folder for cells and tables; a stopped run resumes.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base model, a causal LM.")
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder with one adapter folder per task.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with one folder of JSONL files per task.")
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option(help="Tasks to merge, as trec+thucnews; once per setting.")
     ] = None,
@@ -35,25 +41,35 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of random masks and of the points tried.")] = 0,
     quick: Annotated[bool, typer.Option(help="A first look: fewer rows and scores.")] = False,
 ) -> None:
-    """Score Hi-Merging and every method of the registry on your adapters and tasks."""
+    """Score Hi-Merging and every method of the registry on your adapters and tasks.
+
+    Without --adapters, --data and --setting: on the demo's.
+    """
+    from .bench.own import run_own
     from .bench.run import Options, run_bench
     from .bench.table import render
 
-    if not setting:
-        raise ConfigError("give at least one --setting, e.g. --setting trec+thucnews.")
     if quick:
         rows, test_rows, budget = min(rows, 16), min(test_rows, 32), min(budget, 8)
     options = Options(rows, test_rows, budget, guide, batch_size, max_new_tokens, seed)
-    cells = run_bench(
-        base,
-        adapters,
-        data,
-        out,
-        settings=[name.split("+") for name in setting],
-        contenders=method or (),
-        options=options,
-        say=typer.echo,
-    )
+    if adapters is None and data is None and not setting:
+        cells = run_own(out, contenders=method or (), options=options, base=base, say=typer.echo)
+    elif base is None or adapters is None or data is None or not setting:
+        raise ConfigError(
+            "your own adapters and tasks need all of --base, --adapters, --data and --setting "
+            "(e.g. --setting trec+thucnews); leave all out for the demo's."
+        )
+    else:
+        cells = run_bench(
+            base,
+            adapters,
+            data,
+            out,
+            settings=[name.split("+") for name in setting],
+            contenders=method or (),
+            options=options,
+            say=typer.echo,
+        )
     text = render(cells)
     write_text(out / "bench.md", text)
     typer.echo(f"\n{text}\n{out / 'bench.md'}")

@@ -24,6 +24,7 @@ from .factors import Adapter, Kind, LoraFactors
 __all__ = [
     "auto_class",
     "check_base",
+    "hold_adapters",
     "load_peft_model",
     "load_tokenizer",
     "read_folder",
@@ -70,6 +71,19 @@ def load_peft_model(
     with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn at random
         torch.manual_seed(0)
         model = auto.from_pretrained(source, dtype=dtype)
+    return hold_adapters(model, adapters, bodies=bodies), load_tokenizer(source)
+
+
+def hold_adapters(
+    model: Any, adapters: Mapping[str, str | Path], *, bodies: bool = False
+) -> PeftModel:
+    """Return a PeftModel around a base model, in eval mode, with all adapters loaded.
+
+    Args:
+        model: the base model, which is wrapped.
+        adapters: adapter name -> its folder, at least one.
+        bodies: as in `load_peft_model`.
+    """
     wrapped: PeftModel | None = None
     for name, folder in adapters.items():
         if bodies:
@@ -79,7 +93,7 @@ def load_peft_model(
         else:
             wrapped.load_adapter(str(folder), adapter_name=name)
     assert wrapped is not None
-    return wrapped.eval(), load_tokenizer(source)
+    return wrapped.eval()
 
 
 def auto_class(kinds: Mapping[str, str]) -> Any:

@@ -152,7 +152,7 @@ ROOMS: dict[str, set[str]] = {
         *("request", "result", "tracking", "weighted"),
     },
     "bench": {
-        *("adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
+        *("demo", "adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
         *("identity", "methods", "plan", "probe", "request", "result", "scoring", "trials"),
     },
     "cli_bench": {"bench", "errors", "files"},
@@ -170,6 +170,7 @@ ROOMS: dict[str, set[str]] = {
     "cli_report": {"errors", "files", "page"},
     "__main__": {"cli"},
     "demo": {
+        "folders",
         *("config", "errors", "evals", "files", "hi", "plan", "progress", "result"),
         *("scoring", "tables"),
     },

@@ -14,14 +14,17 @@ import tiny
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
-from peft_himerge.bench import run_bench
+from peft_himerge.bench import own, run_bench
 from peft_himerge.bench.lineup import LINEUP, choose
 from peft_himerge.bench.run import Options
 from peft_himerge.bench.table import read_settings, render, summarise
+from peft_himerge.cli import app
+from peft_himerge.demo.questions import Splits
 from peft_himerge.errors import ConfigError
-from peft_himerge.evals import load_rows, multiple_choice
+from peft_himerge.evals import MultipleChoiceRow, load_rows, multiple_choice
 from peft_himerge.methods.registry import get_method
 
 ROWS, TEST = 6, 10
@@ -38,6 +41,15 @@ def _choices(seed: int, count: int) -> list[dict[str, Any]]:
 
 def _texts(seed: int, count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"say {i + seed}:", "references": ["ab", f"{i} a"]} for i in range(count)]
+
+
+def vars_of(options: Options) -> list[str]:
+    return [name for name in options.__slots__ if name != "guide"]
+
+
+def _demo_rows(seed: int) -> list[MultipleChoiceRow]:
+    rows = _choices(seed, 12)
+    return [MultipleChoiceRow(r["prompt"], tuple(r["choices"]), r["answer"]) for r in rows]
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +220,46 @@ def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
     assert lines["a"].kept == pytest.approx((1.0 + 0.2) / 2)
     assert lines["a+b"].title == "trained on the mixed data"
     assert lines["ties"].rank == 1.0
+
+
+def test_command_line_makes_the_same_cells_and_a_table(root: Path, done: Path) -> None:
+    out = root / "by_command"
+    shutil.copytree(root / "out", out)
+    folders = [f"--{name}={root / name}" for name in ("base", "adapters", "data")]
+    sizes = [f"--{n.replace('_', '-')}={getattr(SIZES, n)}" for n in vars_of(SIZES)]
+    chosen = [f"--method={name}" for name in NAMES]
+    settings = ["--setting=one+two", "--setting=two+text"]
+    ran = CliRunner().invoke(app, ["bench", f"--out={out}", *folders, *settings, *chosen, *sizes])
+    assert ran.exit_code == 0, ran.output
+    assert "states/base/one.json" in ran.output
+    assert (out / "bench.md").read_text() == render(done)
+    assert "kept merges/one+two/ties.json" in ran.output
+
+
+def test_command_line_wants_all_folders_or_none(tmp_path: Path) -> None:
+    ran = CliRunner().invoke(app, ["bench", f"--out={tmp_path}", "--setting=a+b"])
+    assert isinstance(ran.exception, ConfigError)
+    assert "need all of --base, --adapters, --data and --setting" in str(ran.exception)
+
+
+def test_without_folders_the_bench_is_of_the_demo(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo's tasks, cut to a tiny base that reads bytes and adapters made for it."""
+    tasks = {
+        name: Splits(*(_demo_rows(seed + i) for i in range(3)))
+        for seed, name in enumerate(("en", "zh"))
+    }
+    folders = {"en": root / "adapters" / "one", "zh": root / "adapters" / "two"}
+    monkeypatch.setattr(own, "load_tasks", lambda: tasks)
+    monkeypatch.setattr(own, "adapter_dirs", lambda: folders)
+    said: list[str] = []
+    cells = own.run_own(
+        tmp_path, base=root / "base", contenders=["ties"], options=SIZES, say=said.append
+    )
+    lines = {line.name: line for line in read_settings(cells)["en+zh"]}
+    assert set(lines) == {"base", "en", "zh", "ties"}
+    assert len(said) == 7
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from ..trials import Trials
 from .lineup import Contender, choose
 from .tasks import BenchTask, load_tasks
 
-__all__ = ["Options", "run_bench"]
+__all__ = ["Options", "run_bench", "run_loaded"]
 
 _EXPORTED = "bench_exported"
 
@@ -108,9 +108,35 @@ def run_bench(
         batch_size=chosen.batch_size,
         max_new_tokens=chosen.max_new_tokens,
     )
-    bench = _Bench(model, tasks, Path(out) / "cells", chosen, say)
+    return run_loaded(
+        model, tasks, out, settings=settings, contenders=contenders, options=chosen, say=say
+    )
+
+
+def run_loaded(
+    model: PeftModel,
+    tasks: Mapping[str, BenchTask],
+    out: str | Path,
+    *,
+    settings: Sequence[Sequence[str]],
+    contenders: Sequence[str] = (),
+    options: Options | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run a benchmark on a model that holds the adapters; see `run_bench`.
+
+    Args:
+        model: holds one adapter per task, named like it, and may hold some named `a+b`.
+        tasks: name -> task.
+        out: folder for the cells.
+        settings: the tasks that are merged, two or more per setting.
+        contenders: names of `LINEUP`; all by default.
+        options: sizes and budget.
+        say: gets a line per cell.
+    """
+    bench = _Bench(model, tasks, Path(out) / "cells", options or Options(), say)
     for setting in settings:
-        bench.references(tuple(setting), "+".join(setting) in mixed)
+        bench.references(tuple(setting), "+".join(setting) in model.peft_config)
         for contender in choose(contenders, len(setting)):
             bench.contest(tuple(setting), contender)
     return bench.cells

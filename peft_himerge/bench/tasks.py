@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..evals import generation, load_rows, multiple_choice
+from ..evals import MultipleChoiceRow, generation, load_rows, multiple_choice
 
-__all__ = ["BenchTask", "load_tasks"]
+__all__ = ["BenchTask", "choice_task", "load_tasks"]
 
 # What the table shows for each kind of task, and what methods are chosen by: smooth where possible.
 _MEASURES = {"multiple_choice": "accuracy", "generation": "text_match"}
@@ -69,8 +69,7 @@ def load_tasks(
     Raises:
         ConfigError: a folder or file is missing, or its rows are of no known kind.
     """
-    if guide not in _GUIDES:
-        raise ConfigError(f"guide must be one of {sorted(_GUIDES)}, got {guide!r}.")
+    guides = _guide(guide)
     tasks = {}
     for name in names:
         kind = _kind(data / name)
@@ -78,19 +77,34 @@ def load_tasks(
             split: load_rows(data / name, kind, split=split, limit=limit)
             for split, limit in (("validation", rows), ("test", test_rows))
         }
-        functions = {
-            split: _function(kind, found, tokenizer, batch_size, max_new_tokens)
-            for split, found in read.items()
-        }
-        tasks[name] = BenchTask(
-            name,
-            kind,
-            functions["validation"],
-            functions["test"],
-            _MEASURES[kind],
-            _GUIDES[guide][kind],
+        validation, test = (
+            _function(kind, found, tokenizer, batch_size, max_new_tokens) for found in read.values()
         )
+        tasks[name] = BenchTask(name, kind, validation, test, _MEASURES[kind], guides[kind])
     return tasks
+
+
+def choice_task(
+    name: str,
+    validation: Sequence[MultipleChoiceRow],
+    test: Sequence[MultipleChoiceRow],
+    tokenizer: Any,
+    *,
+    guide: str = "smooth",
+    batch_size: int = 32,
+) -> BenchTask:
+    """Return a multiple-choice task of rows that are at hand."""
+    kind = "multiple_choice"
+    guides = _guide(guide)
+    chosen_by = multiple_choice(list(validation), tokenizer, batch_size=batch_size)
+    judged = multiple_choice(list(test), tokenizer, batch_size=batch_size)
+    return BenchTask(name, kind, chosen_by, judged, _MEASURES[kind], guides[kind])
+
+
+def _guide(name: str) -> Mapping[str, str]:
+    if name not in _GUIDES:
+        raise ConfigError(f"guide must be one of {sorted(_GUIDES)}, got {name!r}.")
+    return _GUIDES[name]
 
 
 def _kind(folder: Path) -> str:

@@ -22,6 +22,7 @@ from peft_himerge.config import HiMergeConfig
 from peft_himerge.demo import adapter_dirs, load_base, load_tasks, train
 from peft_himerge.evals import multiple_choice
 from peft_himerge.files import write_text
+from peft_himerge.folders import hold_adapters
 from peft_himerge.hi import merge_adapters_hi, score_plans
 from peft_himerge.plan import Edit, MergePlan
 from peft_himerge.progress import ProgressBar
@@ -82,7 +83,7 @@ def run(
         console.print(f"trained adapters: {folders}")
     console.print("loading the base model")
     model, tokenizer = load_base(base)
-    peft_model = _load(model, folders)
+    peft_model = hold_adapters(model, dict(sorted(folders.items())))
     validation, test = _evals(tokenizer, rows, test_rows)
     with ProgressBar(Console(stderr=True)) as bar:
         result = merge_adapters_hi(
@@ -121,17 +122,6 @@ def _evals(tokenizer: Any, rows: int, test_rows: int) -> tuple[dict[str, Any], d
         }
 
     return build("validation", rows), build("test", test_rows)
-
-
-def _load(model: Any, folders: Mapping[str, Path]) -> PeftModel:
-    wrapped: PeftModel | None = None
-    for name, folder in sorted(folders.items()):
-        if wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-        else:
-            wrapped.load_adapter(str(folder), adapter_name=name)
-    assert wrapped is not None
-    return wrapped.eval()
 
 
 def _test_scores(
