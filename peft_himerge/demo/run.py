@@ -7,6 +7,7 @@ or validation row mentions.
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Mapping
@@ -80,6 +81,7 @@ def run(
     folders = adapter_dirs()
     if train_again:  # before the base is loaded: training holds a base of its own
         folders = train(Path(tempfile.mkdtemp(prefix="himerge-demo-")), base=base)
+        gc.collect()
         console.print(f"trained adapters: {folders}")
     console.print("loading the base model")
     model, tokenizer = load_base(base)

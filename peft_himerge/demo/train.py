@@ -7,6 +7,7 @@ Adapters are stored in bfloat16, and the scores written beside them are those of
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import platform
@@ -100,7 +101,7 @@ def train(
         before = score(model)
         folder = Path(out_dir) / task
         loss = _train_one(
-            copy.deepcopy(model).to(torch.bfloat16 if bfloat16 else torch.float32),
+            _copy(model, torch.bfloat16 if bfloat16 else torch.float32),
             _Answers.from_rows(tasks[task].train, tokenizer),
             setting,
             folder,
@@ -123,7 +124,18 @@ def train(
         text = json.dumps(record, indent=2) + "\n"
         (folder / "training.json").write_text(text, encoding="utf-8")
         folders[task] = folder
+        gc.collect()  # PEFT's models hold on to themselves: a whole base each
     return folders
+
+
+def _copy(model: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of a model in `dtype`, without one in its own dtype on the way."""
+    made: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        new = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        made[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    return copy.deepcopy(model, made)
 
 
 def _versions() -> dict[str, str]:
