@@ -7,10 +7,11 @@ or validation row mentions.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,8 @@ def run(
     start = time.perf_counter()
     console = Console()
     folders = adapter_dirs()
-    if train_again:  # before the base is loaded: training holds a base of its own
-        folders = train(Path(tempfile.mkdtemp(prefix="himerge-demo-")), base=base)
-        gc.collect()
+    if train_again:
+        folders = _train_apart(Path(tempfile.mkdtemp(prefix="himerge-demo-")), base)
         console.print(f"trained adapters: {folders}")
     console.print("loading the base model")
     model, tokenizer = load_base(base)
@@ -111,6 +111,12 @@ def run(
         write_text(out / "demo.md", _markdown(table, f"{test_rows} test rows per task. {cost}"))
         console.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
     return result
+
+
+def _train_apart(out_dir: Path, base: Path | None) -> dict[str, Path]:
+    """Train in a process of its own, whose memory is all given back before the merge."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as one:
+        return one.submit(train, out_dir, base=base).result()
 
 
 def _evals(tokenizer: Any, rows: int, test_rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
