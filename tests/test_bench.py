@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,8 @@ def bench(root: Path, out: Path, settings: list[list[str]], **more: Any) -> tupl
         root / "data",
         out,
         settings=settings,
-        options=SIZES,
         say=said.append,
-        **{"contenders": NAMES, **more},
+        **{"contenders": NAMES, "options": SIZES, **more},
     )
     return cells, said
 
@@ -283,6 +283,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
 def test_no_cells_no_table(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no cells of a benchmark"):
         render(tmp_path)
+
+
+def test_every_contender_can_merge_at_any_point_it_may_choose(root: Path, tmp_path: Path) -> None:
+    names = [contender.name for contender in LINEUP if contender.hi is None]
+    more = {"contenders": names, "options": replace(SIZES, rows=2, test_rows=2, budget=60)}
+    cells, _ = bench(root, tmp_path, [["one", "two"]], **more)
+    ranked = [line.name for line in read_settings(cells)["one+two"] if line.rank is not None]
+    assert ranked == names
 
 
 def test_every_contender_of_the_lineup_is_there_once_and_its_options_exist() -> None:

@@ -64,7 +64,7 @@ LINEUP: tuple[Contender, ...] = (
     _row("plain_sum", "plain sum", "cat", (1.0,)),
     _row("average", "average", "average", (1.0,)),
     _row("task_arithmetic", "Task Arithmetic", "task_arithmetic"),
-    _row("slerp", "SLERP", "slerp", (1.0,), t=(0.5, 0.3, 0.4, 0.6, 0.7), most=2),
+    _row("slerp", "SLERP", "slerp", (1.0, 0.7, 1.4), most=2),
     _row("karcher", "Karcher mean", "karcher", (1.0, 0.5), lam=(1.0, 0.7, 1.4)),
     _row("model_stock", "Model Stock", "model_stock", (1.0,), lam=(1.0, 1.5, 2.0)),
     _row("lines", "LiNeS + sum", "lines", (1.0, 0.7), first=(0.5, 0.3, 0.1), last=(1.0, 0.7)),
