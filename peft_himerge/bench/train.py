@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from ..demo.base import load_base
 from ..demo.loop import Answers, TrainSettings, copy_model, train_adapter
 from ..errors import ConfigError
 from ..files import write_text
-from ..folders import check_base, load_tokenizer
 from ..result import versions
 
 __all__ = ["SETTINGS", "train_tasks"]
@@ -50,15 +49,14 @@ def train_tasks(
 
     Raises:
         ConfigError: a file is missing or a row has no answer, or fewer rows than are asked for.
+        BaseModelError: `base` holds no causal LM.
     """
     source = Path(base)
-    check_base(source)
-    tokenizer = load_tokenizer(source)
+    model, tokenizer = load_base(source)
     count = settings.steps * settings.batch_size
     rows = [row for task in tasks for row in _rows(Path(data), task, count, tokenizer)]
     random.Random(settings.seed).shuffle(rows)
     total = replace(settings, steps=settings.steps * len(tasks))
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     name = "+".join(tasks)
     folder = Path(out) / name
     loss = train_adapter(
