@@ -35,7 +35,8 @@ class HiMergeConfig(BaseModel):
         search_budget: most points per adapter that search="optuna" scores, each once on the task
             or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
-            over all tasks of the "merged" model, one adapter after the other.
+            over all tasks of the "merged" model, one adapter after the other; then scales of 1.25
+            and 1.5 are tried too, for an adapter that the others drown.
         reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
             merged contribution again with the edits made so far.
         accept: "always" keeps every edit (paper); "no_regression" keeps an edit only if the mean

@@ -16,7 +16,7 @@ from ..errors import ConfigError, suggest
 
 __all__ = ["LINEUP", "Contender", "choose"]
 
-_WEIGHTS = (0.3, 0.5, 0.7, 1.0)
+_WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5)  # above 1 too: an adapter may need more than it does alone
 _DENSITIES = (0.2, 0.5, 0.8)
 
 
