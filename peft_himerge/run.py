@@ -193,8 +193,8 @@ class Run:
         measured = self._try(engine, [paper])
         if self.config.accept == "best":
             for name in start.edits[layer]:
-                edits = conflicts.grades(self.plan, layer, name)
-                plans = [self.plan.with_edit(layer, name, edit) for edit in edits]
+                steps = conflicts.grades(self.plan, layer, name)
+                plans = [self.plan.with_edit(layer, name, edit) for edit in steps]
                 self._try(engine, plans, rise=True)
         if self.plan is start and measured is None:
             return Resolution(conflict, proposed, accepted=bool(proposed))

@@ -83,16 +83,16 @@ LINEUP: tuple[Contender, ...] = (
     _row("iso_cts", "Iso-CTS", "iso_cts"),
     _row("wudi", "WUDI", "wudi"),
     _row("widen", "WIDEN", "widen"),
-    Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig()),
+    Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig(variant="paper")),
     Contender(
         "hi_careful",
         "Hi-Merging, careful",
-        hi=HiMergeConfig(search_target="merged", accept="no_regression"),
+        hi=HiMergeConfig(variant="paper", search_target="merged", accept="no_regression"),
     ),
     Contender(
-        "hi_best",
-        "Hi-Merging, best of edits",
-        hi=HiMergeConfig(search_target="merged", accept="best"),
+        "hi_joint",
+        "Hi-Merging, joint (ours)",
+        hi=HiMergeConfig(variant="joint"),
     ),
 )
 
