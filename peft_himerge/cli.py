@@ -23,6 +23,7 @@ from .cli_bench import bench
 from .cli_check import check
 from .cli_recipe import (
     Evals,
+    IncludePath,
     Overrides,
     merge_recipe,
     plan_recipe,
@@ -79,6 +80,7 @@ def merge(
     journal: Annotated[
         Path | None, typer.Option(help="Keep scores here; a killed merge, run again, goes on.")
     ] = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Merge adapters from folders and write one adapter: by a recipe, or by flags.
 
@@ -87,8 +89,9 @@ def merge(
     """
     if recipe is not None:
         recipe_alone(adapter=adapter, base=base, name=name, merged=merged, journal=journal)
-        merge_recipe(recipe, option or [], evals, out)
+        merge_recipe(recipe, option or [], evals, include_path, out)
         return
+    _needs_recipe(include_path)
     if not adapter or out is None:
         raise typer.BadParameter("give a recipe, or --adapter (once per adapter) and --out")
     config = HiMergeConfig(**_options(option or []))
@@ -107,6 +110,14 @@ def merge(
     print_conflicts(screen, result)
     print_scores(screen, result)
     screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
+
+
+def _needs_recipe(include_path: Path | None) -> None:
+    if include_path is not None:
+        raise ConfigError(
+            "--include-path goes with a recipe, whose tasks it finds. Leave it out, and call "
+            "lm_eval_task(..., include_path=...) in the file of --eval."
+        )
 
 
 def _merge_scored(
@@ -195,14 +206,16 @@ def plan_cost(
         list[str] | None, typer.Option(help="Name of a further task that guards the merge.")
     ] = None,
     evals: Evals = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Print what a merge would cost at most, before it is paid; nothing is scored or written."""
     from .preview import preview
 
     if recipe is not None:
         recipe_alone(adapter=adapter, base=base, guard=guard)
-        plan_recipe(recipe, option or [], evals)
+        plan_recipe(recipe, option or [], evals, include_path)
     elif adapter:
+        _needs_recipe(include_path)
         config = HiMergeConfig(**_options(option or []))
         print_cost(Console(), preview(base, _adapters(adapter), config, guard or []))
     else:
@@ -224,12 +237,13 @@ def sweep(
     ] = None,
     agent: Annotated[bool, typer.Option(help="Run one trial for W&B's agent.")] = False,
     evals: Evals = None,
+    include_path: IncludePath = None,
     worker: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Search options by many merges: here with Optuna, or as the program of a W&B sweep."""
     from .sweep import merger, read_sweep, run_agent, run_local
 
-    wanted, model, folders, eval_fns = _sweep_parts(recipe, read_sweep(recipe), evals)
+    wanted, model, folders, eval_fns = _sweep_parts(recipe, read_sweep(recipe), evals, include_path)
     names = list(folders)
     if agent:
         run_agent(wanted, merger(model, names, eval_fns))
@@ -242,7 +256,8 @@ def sweep(
     def tell(number: int, score: float | None) -> None:
         screen.print(f"trial {number}: " + ("no score" if score is None else f"{score:.4f}"))
 
-    helpers = _start_workers(workers, recipe, study, trials, evals) if worker == 0 else []
+    further = _worker_flags(trials, evals, include_path)
+    helpers = _start_workers(workers, recipe, study, further) if worker == 0 else []
     found = run_local(wanted, merge, study=study, trials=trials, seed=worker, on_trial=tell)
     if worker > 0:
         return
@@ -258,7 +273,9 @@ def sweep(
         screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
 
 
-def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, Any, Any, Any]:
+def _sweep_parts(
+    file: Path, wanted: Sweep, evals: Path | None, include_path: Path | None
+) -> tuple[Sweep, Any, Any, Any]:
     """Return (the sweep with all fixed options, model, adapter -> folder, eval functions)."""
     from .folders import load_peft_model
 
@@ -268,8 +285,9 @@ def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, 
                 f"{str(file)!r} names himerge.recipe, which says base and adapters: leave out "
                 f"himerge.base and himerge.adapters."
             )
-        options, model, folders, eval_fns = sweep_recipe(wanted.recipe, evals)
+        options, model, folders, eval_fns = sweep_recipe(wanted.recipe, evals, include_path)
         return wanted.within(options), model, folders, eval_fns
+    _needs_recipe(include_path)
     if wanted.base is None or not wanted.adapters:
         raise ConfigError(
             f"{str(file)!r} needs himerge.recipe, or himerge.base and himerge.adapters."
@@ -281,12 +299,16 @@ def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, 
     return wanted, model, wanted.adapters, build(tokenizer)
 
 
+def _worker_flags(trials: int | None, evals: Path | None, include_path: Path | None) -> list[str]:
+    given = {"--trials": trials, "--eval": evals, "--include-path": include_path}
+    return [part for flag, v in given.items() if v is not None for part in (flag, str(v))]
+
+
 def _start_workers(
-    workers: int, recipe: Path, study: Path, trials: int | None, evals: Path | None
+    workers: int, recipe: Path, study: Path, further: list[str]
 ) -> list[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "peft_himerge", "sweep", str(recipe), "--study", str(study)]
-    command += [] if trials is None else ["--trials", str(trials)]
-    command += [] if evals is None else ["--eval", str(evals)]
+    command += further
     return [subprocess.Popen([*command, "--worker", str(number)]) for number in range(1, workers)]
 
 

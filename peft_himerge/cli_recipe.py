@@ -33,6 +33,7 @@ from .tables import print_conflicts, print_scores
 
 __all__ = [
     "Evals",
+    "IncludePath",
     "Overrides",
     "merge_recipe",
     "plan_recipe",
@@ -59,6 +60,15 @@ Overrides = Annotated[
         "in YAML; paths are read from the recipe's folder). Without: an option of HiMergeConfig.",
     ),
 ]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--include-path",
+        "--include_path",
+        help="With a recipe: folder with tasks of lm-evaluation-harness, which may hold code that "
+        "is run.",
+    ),
+]
 _COLORS = {"ok": "green", "warning": "yellow", "fault": "red"}
 
 
@@ -73,11 +83,15 @@ def recipe_alone(**flags: object) -> None:
 
 
 def merge_recipe(
-    path: Path, overrides: Sequence[str], evals: Path | None, out: Path | None
+    path: Path,
+    overrides: Sequence[str],
+    evals: Path | None,
+    include_path: Path | None,
+    out: Path | None,
 ) -> None:
     """Merge by a recipe, and print what came of it."""
     given = [] if out is None else [f"out={json.dumps(str(out.absolute()))}"]
-    examined = _examined(path, [*overrides, *given], evals)
+    examined = _examined(path, [*overrides, *given], evals, include_path)
     loud = is_main()
     errors = Console(stderr=True, quiet=not loud)
     _warn(errors, examined)
@@ -90,8 +104,10 @@ def merge_recipe(
         _show(Console(), examined, done)
 
 
-def _examined(path: Path, overrides: Sequence[str], evals: Path | None) -> Examined:
-    examined = examine(read_recipe(path, overrides), evals)
+def _examined(
+    path: Path, overrides: Sequence[str], evals: Path | None, include_path: Path | None
+) -> Examined:
+    examined = examine(read_recipe(path, overrides), evals, include_path)
     if examined.faults:
         raise RecipeError(path, examined.faults)
     return examined
@@ -123,13 +139,15 @@ def _show(screen: Console, examined: Examined, done: Merged) -> None:
     screen.print(f"merged adapter, report and recipe: {done.folder}", soft_wrap=True, markup=False)
 
 
-def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> None:
+def plan_recipe(
+    path: Path, overrides: Sequence[str], evals: Path | None, include_path: Path | None
+) -> None:
     """Print what a recipe costs.
 
     Raises:
         RecipeError: it cannot be run.
     """
-    examined = _examined(path, overrides, evals)
+    examined = _examined(path, overrides, evals, include_path)
     recipe, screen = examined.recipe, Console()
     _warn(Console(stderr=True), examined)
     if examined.cost is not None:
@@ -191,14 +209,16 @@ def _seconds_per_score(report: Path) -> float | None:
     return cost["seconds"] / cost["scores"] if cost.get("scores") else None
 
 
-def sweep_recipe(path: Path, evals: Path | None) -> tuple[dict[str, Any], Any, Any, Any]:
+def sweep_recipe(
+    path: Path, evals: Path | None, include_path: Path | None
+) -> tuple[dict[str, Any], Any, Any, Any]:
     """Return (options, model, adapter -> folder, eval functions) of a recipe that a sweep varies.
 
     Raises:
         RecipeError: it cannot be run.
         ConfigError: nothing decides its merge, so nothing can be searched.
     """
-    examined = _examined(path, (), evals)
+    examined = _examined(path, (), evals, include_path)
     recipe = examined.recipe
     if not (recipe.is_hi and recipe.is_scored):
         raise ConfigError(
@@ -213,6 +233,7 @@ def validate(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes (YAML).")],
     option: Overrides = None,
     evals: Evals = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Check recipes and everything they name, without loading a weight of the base model.
 
@@ -223,7 +244,7 @@ def validate(
     for path in recipes:
         table = Table("key", "", "found", title=str(path), title_justify="left")
         try:
-            examined = examine(read_recipe(path, option or []), evals)
+            examined = examine(read_recipe(path, option or []), evals, include_path)
         except RecipeError as exc:
             rows = [(fault.key, "fault", fault.what) for fault in exc.faults]
         else:

@@ -398,9 +398,10 @@ def test_tracking_hears_the_whole_merge(
     root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
     more = ["tracking={to: wandb, project: p, run: r}", "options.density=1", "options.scale=1"]
     run_recipe(examine(read_recipe(RECIPES / name, [*sets(root, name, tmp_path / "o"), *more])))
-    assert heard[0] == "{'project': 'p', 'name': 'r'}"
+    assert heard[0].startswith("{'project': 'p', 'name': 'r', 'config': {'recipe': {'base': ")
     assert heard[1] == "MergeStarted"
-    assert heard[-3:] == ["MergeFinished", "AdapterSaved", "closed"]
+    after = heard[heard.index("MergeFinished") + 1 :]
+    assert after == ["StateScored"] * 8 + ["MergeTested", "AdapterSaved", "closed"]
     short = read_recipe(RECIPES / name, ["tracking=wandb"])
     assert short.tracking.to == "wandb"
 

@@ -182,6 +182,7 @@ def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 _LONGEST = 6  # entries of a list that are shown
+_FEW = 10  # rows of options that need no folding
 
 
 def _tried(report: Report) -> Table:
@@ -306,7 +307,7 @@ def _modules(report: Report) -> Table:
 
 def _options(report: Report) -> Table:
     rows = [[name, plain(value)] for name, value in settings(report).items()]
-    return table("Options", ["option", "value"], rows, heads=2, folded=True)
+    return table("Options", ["option", "value"], rows, heads=2, folded=len(rows) > _FEW)
 
 
 def settings(report: Report) -> dict[str, Any]:

@@ -72,12 +72,16 @@ class Examined:
         return [look for look in self.looks if look.state == "warning"]
 
 
-def examine(recipe: Recipe, evals: str | Path | None = None) -> Examined:
+def examine(
+    recipe: Recipe, evals: str | Path | None = None, include_path: str | Path | None = None
+) -> Examined:
     """Read everything a recipe names but the base model's weights, and build its eval functions.
 
     Args:
         recipe: from `read_recipe`.
         evals: Python file of the user's with `eval_fns`, which is executed; None for none.
+        include_path: folder with tasks of lm-evaluation-harness, which may hold code that is
+            executed; None for the built-in tasks alone.
     """
     found = Examined(recipe)
     with _looking(found, "base"):
@@ -88,7 +92,7 @@ def examine(recipe: Recipe, evals: str | Path | None = None) -> Examined:
         with _looking(found, "adapters"):
             common_base(read)
             _fit(found)
-    _tasks(found, evals)
+    _tasks(found, evals, include_path)
     for key in ("out", "merged"):
         given = getattr(recipe, key)
         if given is not None and recipe.place(given).is_file():
@@ -164,7 +168,7 @@ def _fit(found: Examined) -> None:
         )
 
 
-def _tasks(found: Examined, evals: str | Path | None) -> None:
+def _tasks(found: Examined, evals: str | Path | None, include_path: str | Path | None) -> None:
     recipe = found.recipe
     if not recipe.tasks or recipe.base is None:
         return
@@ -187,7 +191,9 @@ def _tasks(found: Examined, evals: str | Path | None) -> None:
             if getattr(spec, split) is None:
                 continue
             with _looking(found, f"tasks.{name}.{split}"):
-                held[name] = build_task(recipe, name, split, tokenizer, functions, head)
+                held[name] = build_task(
+                    recipe, name, split, tokenizer, functions, head, include_path
+                )
                 size = held[name].size
                 text = "a function" if size is None else f"{size} rows"
                 by = held[name].metric

@@ -27,6 +27,7 @@ from .tasks import FUNCTION, HARNESS, KINDS, options_of
 __all__ = ["SHARED", "check_rules"]
 
 Table = Mapping[str, Any]
+_ON_THE_LINE = "name the folder of your tasks on the command line, --include-path DIR"
 
 # Keywords of `merge_adapters` that a recipe may give as options of any method but "hi".
 SHARED = ("weights", "space", "pad_rank", "post", "modules_to_save", "strict_base", "seed")
@@ -105,7 +106,9 @@ def _task_keys(key: str, kind: str, spec: Table) -> Iterator[Fault]:
     known = [*sorted(own if KINDS[kind].rows else own - set(of_rows)), *options]
     for option, value in spec.items():
         place = f"{key}.{option}"
-        if option in ("include_path", "unsafe_code"):
+        if option == "include_path":
+            yield Fault(place, f"a recipe cannot name code to run; {_ON_THE_LINE}.")
+        elif option == "unsafe_code":
             yield Fault(place, "a recipe cannot name code to run; write a function and use --eval.")
         elif option not in known:
             yield Fault(place, f"a task of kind {kind} has no such key.{suggest(option, known)}")
@@ -116,8 +119,9 @@ def _task_keys(key: str, kind: str, spec: Table) -> Iterator[Fault]:
         if not isinstance(source, str):
             continue
         if kind == HARNESS and not source.replace("_", "").replace("-", "").isalnum():
-            text = f"expected the name of a task of lm-evaluation-harness, got {source!r}; a task "
-            yield Fault(f"{key}.{split}", f"{text}file may hold code, which a recipe cannot name.")
+            text = f"expected the name of a task of lm-evaluation-harness, got {source!r}. A file "
+            text += f"of tasks may hold code, which a recipe cannot name: {_ON_THE_LINE}, and the "
+            yield Fault(f"{key}.{split}", f"{text}task's name here.")
         elif source.startswith(HUB) and not KINDS[kind].rows:
             yield Fault(f"{key}.{split}", f"a task of kind {kind} takes no rows, got {source!r}.")
 

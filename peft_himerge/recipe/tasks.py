@@ -124,6 +124,7 @@ def build_task(
     tokenizer: Any,
     functions: Mapping[str, Callable[[Any], Any]] | None,
     head: Path | None = None,
+    include_path: str | Path | None = None,
 ) -> Scored:
     """Return the eval function of one task on one split.
 
@@ -134,6 +135,7 @@ def build_task(
         tokenizer: that of the base model.
         functions: the user's own, by name; None if no file was given.
         head: folder of the adapter that brings the task's head; the recipe's own word goes first.
+        include_path: folder with tasks of lm-evaluation-harness, from the command line.
 
     Raises:
         ConfigError, EvalRowError, MissingExtraError: the data or an option does not fit.
@@ -146,7 +148,7 @@ def build_task(
     assert kind.build is not None
     options = dict(spec.options)
     if not kind.rows:
-        made = kind.build(source, tokenizer, **options)
+        made = kind.build(source, tokenizer, include_path=include_path, **options)
         return Scored(made, (), made.size, metric)
     rows = evals.load_rows(
         _source(recipe, source),
