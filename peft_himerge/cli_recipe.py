@@ -22,10 +22,9 @@ from .recipe import (
     Examined,
     Merged,
     RecipeError,
-    examine,
+    examine_file,
     hi_config,
     load_model,
-    read_recipe,
     run_recipe,
 )
 from .result import MergeResult
@@ -107,7 +106,7 @@ def merge_recipe(
 def _examined(
     path: Path, overrides: Sequence[str], evals: Path | None, include_path: Path | None
 ) -> Examined:
-    examined = examine(read_recipe(path, overrides), evals, include_path)
+    examined = examine_file(path, overrides, evals, include_path)
     if examined.faults:
         raise RecipeError(path, examined.faults)
     return examined
@@ -152,6 +151,11 @@ def plan_recipe(
     _warn(Console(stderr=True), examined)
     if examined.cost is not None:
         print_cost(screen, examined.cost)
+    elif examined.inputs:
+        rows = sum(len(made.rows) for made in examined.inputs.values())
+        screen.print(
+            f"{recipe.method}: no score decides this merge; it runs the model on {rows} rows"
+        )
     elif recipe.is_scored:
         screen.print(f"{recipe.method}: scores decide this merge; its own options say how many")
     else:
@@ -244,7 +248,7 @@ def validate(
     for path in recipes:
         table = Table("key", "", "found", title=str(path), title_justify="left")
         try:
-            examined = examine(read_recipe(path, option or []), evals, include_path)
+            examined = examine_file(path, option or [], evals, include_path)
         except RecipeError as exc:
             rows = [(fault.key, "fault", fault.what) for fault in exc.faults]
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,13 @@ from ..factors import Adapter
 from ..folders import check_base, load_tokenizer, read_folder, saved_modules
 from ..preview import Preview, preview
 from ..search import check_search
-from .faults import Fault
+from .faults import Fault, RecipeError
+from .inputs import Inputs, build_inputs, needs_inputs, reads_labels
+from .read import read_sound
 from .schema import Recipe
 from .tasks import HEADED, Scored, build_task, hi_config
 
-__all__ = ["Examined", "Look", "examine"]
+__all__ = ["Examined", "Look", "examine", "examine_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Examined:
         recipe: the recipe.
         looks: what was found, in the order of the recipe.
         validation: task -> eval function that decides the merge.
+        inputs: task -> examples, for a method that runs the model on them instead.
         test: task -> eval function of the table at the end.
         heads: adapter -> folder, for adapters that saved a head, which stays with their task; only
             the bodies are merged.
@@ -57,6 +60,7 @@ class Examined:
     recipe: Recipe
     looks: list[Look] = field(default_factory=list)
     validation: dict[str, Scored] = field(default_factory=dict)
+    inputs: dict[str, Inputs] = field(default_factory=dict)
     test: dict[str, Scored] = field(default_factory=dict)
     heads: dict[str, Path] = field(default_factory=dict)
     cost: Preview | None = None
@@ -84,6 +88,40 @@ def examine(
             executed; None for the built-in tasks alone.
     """
     found = Examined(recipe)
+    _look(found, evals, include_path)
+    return found
+
+
+def examine_file(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    evals: str | Path | None = None,
+    include_path: str | Path | None = None,
+) -> Examined:
+    """Read a recipe and examine it: faults of its keys and of the files it names, told together.
+
+    Where the recipe itself has faults, the files that its sound parts name are looked at; whether
+    the adapters fit together, and what the merge costs, is then left for the next time.
+
+    Args:
+        path: a YAML file.
+        overrides: as for `read_recipe`.
+        evals: as for `examine`.
+        include_path: as for `examine`.
+
+    Raises:
+        RecipeError: nothing of the file can be read.
+    """
+    recipe, faults = read_sound(path, overrides)
+    if recipe is None:
+        raise RecipeError(path, faults)
+    found = Examined(recipe, [Look(fault.key, "fault", fault.what) for fault in faults])
+    _look(found, evals, include_path)
+    return found
+
+
+def _look(found: Examined, evals: str | Path | None, include_path: str | Path | None) -> None:
+    recipe = found.recipe
     with _looking(found, "base"):
         if recipe.base is not None:
             found.looks.append(Look("base", "ok", _base(recipe.place(recipe.base))))
@@ -97,7 +135,6 @@ def examine(
         given = getattr(recipe, key)
         if given is not None and recipe.place(given).is_file():
             found.looks.append(Look(key, "fault", f"{given!r} is a file; give a folder."))
-    return found
 
 
 @contextmanager
@@ -186,28 +223,52 @@ def _tasks(found: Examined, evals: str | Path | None, include_path: str | Path |
     if found.faults and (tokenizer is None or (evals is not None and functions is None)):
         return
     for name, spec in recipe.tasks.items():
-        head = found.heads.get(name)
-        for split, held in (("validation", found.validation), ("test", found.test)):
-            if getattr(spec, split) is None:
-                continue
-            with _looking(found, f"tasks.{name}.{split}"):
-                held[name] = build_task(
-                    recipe, name, split, tokenizer, functions, head, include_path
-                )
-                size = held[name].size
-                text = "a function" if size is None else f"{size} rows"
-                by = held[name].metric
-                text += "" if by is None else f", {by}"
-                found.looks.append(Look(f"tasks.{name}.{split}", "ok", text))
+        if spec.validation is not None and needs_inputs(recipe):
+            _task_inputs(found, name, tokenizer)
+        elif spec.validation is not None:
+            _task(found, name, "validation", tokenizer, functions, include_path)
+        if spec.test is not None:
+            _task(found, name, "test", tokenizer, functions, include_path)
         _same_rows(found, name)
+
+
+def _task(
+    found: Examined,
+    name: str,
+    split: str,
+    tokenizer: Any,
+    functions: Mapping[str, Callable[[Any], Any]] | None,
+    include_path: str | Path | None,
+) -> None:
+    """Build the eval function of one task on one split."""
+    held = found.validation if split == "validation" else found.test
+    key, head = f"tasks.{name}.{split}", found.heads.get(name)
+    with _looking(found, key):
+        made = build_task(found.recipe, name, split, tokenizer, functions, head, include_path)
+        held[name] = made
+        text = "a function" if made.size is None else f"{made.size} rows"
+        text += "" if made.metric is None else f", {made.metric}"
+        found.looks.append(Look(key, "ok", text))
+
+
+def _task_inputs(found: Examined, name: str, tokenizer: Any) -> None:
+    """Make the examples of one task."""
+    recipe, key = found.recipe, f"tasks.{name}.validation"
+    with _looking(found, key):
+        made = build_inputs(recipe, name, tokenizer)
+        found.inputs[name] = made
+        labelled = "with" if reads_labels(recipe.method, recipe.options) else "without"
+        text = f"{len(made.rows)} rows as inputs, {labelled} labels"
+        found.looks.append(Look(key, "ok", text))
 
 
 def _same_rows(found: Examined, name: str) -> None:
     """Warn about a task whose test rows the merge has seen."""
     spec = found.recipe.tasks[name]
-    if name not in found.validation or name not in found.test:
+    looked: Scored | Inputs | None = found.validation.get(name) or found.inputs.get(name)
+    if looked is None or name not in found.test:
         return
-    seen, rows = set(found.validation[name].rows), found.test[name].rows
+    seen, rows = set(looked.rows), found.test[name].rows
     again = sum(row in seen for row in rows)
     if again:
         text = f"{again} of {len(rows)} test rows are also validation rows, which the merge is "

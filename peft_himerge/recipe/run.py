@@ -149,6 +149,7 @@ def _merge_by_method(
         rank=recipe.rank,
         eval_fns={name: task.fn for name, task in scored.items()} or None,
         metric=metric or None,
+        inputs={name: made.batches for name, made in examined.inputs.items()} or None,
         **recipe.options,
     )
     if is_main():

@@ -26,6 +26,7 @@ __all__ = [
     "hi_config",
     "metric_of",
     "options_of",
+    "rows_of",
 ]
 
 FUNCTION, HARNESS = "function", "lm_eval_task"
@@ -150,20 +151,29 @@ def build_task(
     if not kind.rows:
         made = kind.build(source, tokenizer, include_path=include_path, **options)
         return Scored(made, (), made.size, metric)
-    rows = evals.load_rows(
-        _source(recipe, source),
-        spec.kind,
-        split=split,
-        columns=spec.columns,
-        limit=spec.max_rows if split == "validation" else spec.max_test_rows,
-        subset=spec.subset,
-    )
+    rows = rows_of(recipe, spec, split)
     if "head" in options:
         options["head"] = recipe.place(options["head"])
     elif head is not None:
         options["head"] = head
     made = kind.build(rows, tokenizer, **options)
     return Scored(made, tuple(rows), made.size, metric)
+
+
+def rows_of(recipe: Recipe, spec: TaskSpec, split: str) -> list[Any]:
+    """Return the rows of one split of a task.
+
+    Raises:
+        ConfigError, EvalRowError, MissingExtraError: the data does not fit.
+    """
+    return evals.load_rows(
+        _source(recipe, getattr(spec, split)),
+        spec.kind,
+        split=split,
+        columns=spec.columns,
+        limit=spec.max_rows if split == "validation" else spec.max_test_rows,
+        subset=spec.subset,
+    )
 
 
 def _function(
