@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ from ..search import check_search
 from .faults import Fault, RecipeError
 from .inputs import Inputs, build_inputs, needs_inputs, reads_labels
 from .read import read_sound
-from .schema import Recipe
-from .tasks import HEADED, Scored, build_task, hi_config
+from .schema import HUB, Recipe, TaskSpec
+from .tasks import FUNCTION, HEADED, KINDS, Scored, build_task, hi_config, rows_of
 
 __all__ = ["Examined", "Look", "examine", "examine_file"]
 
@@ -122,7 +123,7 @@ def examine_file(
 
 def _look(found: Examined, evals: str | Path | None, include_path: str | Path | None) -> None:
     recipe = found.recipe
-    with _looking(found, "base"):
+    with _looking(found, "base", recipe.base):
         if recipe.base is not None:
             found.looks.append(Look("base", "ok", _base(recipe.place(recipe.base))))
     read = _adapters(found)
@@ -138,16 +139,30 @@ def _look(found: Examined, evals: str | Path | None, include_path: str | Path | 
 
 
 @contextmanager
-def _looking(found: Examined, key: str) -> Iterator[None]:
-    """Turn refusals and warnings of the block into looks."""
+def _looking(found: Examined, key: str, path: str | None = None) -> Iterator[None]:
+    """Turn refusals and warnings of the block into looks; `path` is what it reads, if it is one."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module="peft_himerge")
         try:
             yield
         except HiMergeError as exc:
-            found.looks.append(Look(key, "fault", str(exc)))
+            hint = "" if path is None else _nearby(found.recipe, path)
+            found.looks.append(Look(key, "fault", f"{exc}{hint}"))
     found.looks.extend(Look(key, "warning", str(warning.message)) for warning in caught)
+
+
+def _nearby(recipe: Recipe, path: str) -> str:
+    """Return the path that may have been meant, if nothing is where this one leads."""
+    parts = Path(path).parts
+    for count in range(len(parts)):
+        above = Path(*parts[:count])
+        inside = recipe.place(str(above))
+        if inside.is_dir() and not (inside / parts[count]).exists():
+            names = [entry.name for entry in inside.iterdir()]
+            close = get_close_matches(parts[count], sorted(names), n=1, cutoff=0.5)
+            return f" Did you mean {str(above / close[0])!r}?" if close else ""
+    return ""
 
 
 def _base(folder: Path) -> str:
@@ -173,7 +188,7 @@ def _adapters(found: Examined) -> list[Adapter]:
     read = []
     for name, folder in recipe.folders.items():
         key = f"adapters.{name}"
-        with _looking(found, key):
+        with _looking(found, key, recipe.adapters[name]):
             adapter = read_folder(name, folder, body=bool(found.heads))
             ranks = sorted({factors.a.shape[0] for factors in adapter.factors.values()})
             span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -207,20 +222,20 @@ def _fit(found: Examined) -> None:
 
 def _tasks(found: Examined, evals: str | Path | None, include_path: str | Path | None) -> None:
     recipe = found.recipe
-    if not recipe.tasks or recipe.base is None:
+    if not recipe.tasks:
         return
     tokenizer: Any = None
     functions: Mapping[str, Callable[[Any], Any]] | None = None
-    with _looking(found, "base"):
-        base = recipe.place(recipe.base)
-        check_base(base)
-        tokenizer = load_tokenizer(base)
-        if tokenizer is None and any(task.kind != "function" for task in recipe.tasks.values()):
-            raise ConfigError(f"the base {str(base)!r} holds no tokenizer, which tasks need.")
+    if recipe.base is not None and not any(fault.key == "base" for fault in found.faults):
+        with _looking(found, "base"):
+            tokenizer = _tokenizer(recipe, recipe.place(recipe.base))
+    if recipe.base is None or any(fault.key == "base" for fault in found.faults):
+        _rows_alone(found)
+        return
     with _looking(found, "tasks"):
         if evals is not None:
             functions = load_evals(evals)(tokenizer)
-    if found.faults and (tokenizer is None or (evals is not None and functions is None)):
+    if evals is not None and functions is None:
         return
     for name, spec in recipe.tasks.items():
         if spec.validation is not None and needs_inputs(recipe):
@@ -230,6 +245,24 @@ def _tasks(found: Examined, evals: str | Path | None, include_path: str | Path |
         if spec.test is not None:
             _task(found, name, "test", tokenizer, functions, include_path)
         _same_rows(found, name)
+
+
+def _tokenizer(recipe: Recipe, base: Path) -> Any:
+    tokenizer = load_tokenizer(base)
+    if tokenizer is None and any(task.kind != FUNCTION for task in recipe.tasks.values()):
+        raise ConfigError(f"the base {str(base)!r} holds no tokenizer, which tasks need.")
+    return tokenizer
+
+
+def _rows_alone(found: Examined) -> None:
+    """Read the rows of all tasks, where there is no base to score them with."""
+    for name, spec in found.recipe.tasks.items():
+        for split in ("validation", "test"):
+            if getattr(spec, split) is not None and KINDS[spec.kind].rows:
+                key = f"tasks.{name}.{split}"
+                with _looking(found, key, _path(spec, split)):
+                    rows = rows_of(found.recipe, spec, split)
+                    found.looks.append(Look(key, "ok", f"{len(rows)} rows"))
 
 
 def _task(
@@ -243,7 +276,7 @@ def _task(
     """Build the eval function of one task on one split."""
     held = found.validation if split == "validation" else found.test
     key, head = f"tasks.{name}.{split}", found.heads.get(name)
-    with _looking(found, key):
+    with _looking(found, key, _path(found.recipe.tasks[name], split)):
         made = build_task(found.recipe, name, split, tokenizer, functions, head, include_path)
         held[name] = made
         text = "a function" if made.size is None else f"{made.size} rows"
@@ -251,10 +284,16 @@ def _task(
         found.looks.append(Look(key, "ok", text))
 
 
+def _path(spec: TaskSpec, split: str) -> str | None:
+    """Return the file or folder of a split; None if it is something else."""
+    source: str = getattr(spec, split)
+    return source if KINDS[spec.kind].rows and not source.startswith(HUB) else None
+
+
 def _task_inputs(found: Examined, name: str, tokenizer: Any) -> None:
     """Make the examples of one task."""
     recipe, key = found.recipe, f"tasks.{name}.validation"
-    with _looking(found, key):
+    with _looking(found, key, _path(recipe.tasks[name], "validation")):
         made = build_inputs(recipe, name, tokenizer)
         found.inputs[name] = made
         labelled = "with" if reads_labels(recipe.method, recipe.options) else "without"
