@@ -35,15 +35,11 @@ from .cli_recipe import (
 from .cli_report import report
 from .config import HiMergeConfig
 from .errors import ConfigError, HiMergeError
-from .evals import load_evals
-from .hi import merge_adapters_hi
-from .offline import FolderMerge, merge_folders
 from .plan import MergePlan
-from .processes import is_main
-from .progress import ProgressBar
-from .tables import print_conflicts, print_scores
 
+# What needs torch is imported where it is used: --help, report and check do not wait for it.
 if TYPE_CHECKING:
+    from .offline import FolderMerge
     from .result import MergeResult
     from .sweep import Outcome, Sweep
 
@@ -100,6 +96,9 @@ def merge(
     if base is None or evals is None:
         _merge_unscored(folders, out, config, name, {"--base": base, "--eval": evals}, merged)
         return
+    from .processes import is_main
+    from .tables import print_conflicts, print_scores
+
     result = _merge_scored(folders, base, evals, config, name, journal)
     if not is_main():  # of several processes that made this merge together
         return
@@ -128,7 +127,11 @@ def _merge_scored(
     name: str,
     journal: Path | None,
 ) -> MergeResult:
+    from .evals import load_evals
     from .folders import load_peft_model
+    from .hi import merge_adapters_hi
+    from .processes import is_main
+    from .progress import ProgressBar
 
     build = load_evals(evals)
     model, tokenizer = load_peft_model(base, folders)
@@ -165,6 +168,8 @@ def _merge_unscored(
         )
     if merged is not None:
         raise ConfigError("--merged needs the base model: give --base and --eval.")
+    from .offline import merge_folders
+
     _print_folder_merge(merge_folders(folders, out, config=config, adapter_name=name))
 
 
@@ -188,6 +193,8 @@ def apply(
     name: Annotated[str, typer.Option(help="Name of the merged adapter.")] = "merged",
 ) -> None:
     """Rebuild the adapter a plan describes, from adapter folders alone."""
+    from .offline import merge_folders
+
     if not plan.is_file():
         raise ConfigError(f"the plan {str(plan)!r} is not a file.")
     config = HiMergeConfig(density=1.0, scale=1.0, **_options([f"rank={rank}"]))
@@ -241,6 +248,7 @@ def sweep(
     worker: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Search options by many merges: here with Optuna, or as the program of a W&B sweep."""
+    from .hi import merge_adapters_hi
     from .sweep import merger, read_sweep, run_agent, run_local
 
     wanted, model, folders, eval_fns = _sweep_parts(recipe, read_sweep(recipe), evals, include_path)
@@ -277,6 +285,7 @@ def _sweep_parts(
     file: Path, wanted: Sweep, evals: Path | None, include_path: Path | None
 ) -> tuple[Sweep, Any, Any, Any]:
     """Return (the sweep with all fixed options, model, adapter -> folder, eval functions)."""
+    from .evals import load_evals
     from .folders import load_peft_model
 
     if wanted.recipe is not None:

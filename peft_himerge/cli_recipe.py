@@ -5,30 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cost import Cost
 from .errors import ConfigError
-from .offline import FolderMerge
-from .preview import Preview
-from .processes import is_main
-from .progress import ProgressBar
-from .recipe import (
-    Examined,
-    Merged,
-    RecipeError,
-    examine_file,
-    hi_config,
-    load_model,
-    run_recipe,
-)
-from .result import MergeResult
-from .tables import print_conflicts, print_scores
+
+# What needs torch is imported where it is used, so that --help does not wait for it.
+if TYPE_CHECKING:
+    from .cost import Cost
+    from .preview import Preview
+    from .recipe import Examined, Merged
 
 __all__ = [
     "Evals",
@@ -89,6 +79,10 @@ def merge_recipe(
     out: Path | None,
 ) -> None:
     """Merge by a recipe, and print what came of it."""
+    from .processes import is_main
+    from .progress import ProgressBar
+    from .recipe import run_recipe
+
     given = [] if out is None else [f"out={json.dumps(str(out.absolute()))}"]
     examined = _examined(path, [*overrides, *given], evals, include_path)
     loud = is_main()
@@ -106,6 +100,8 @@ def merge_recipe(
 def _examined(
     path: Path, overrides: Sequence[str], evals: Path | None, include_path: Path | None
 ) -> Examined:
+    from .recipe import RecipeError, examine_file
+
     examined = examine_file(path, overrides, evals, include_path)
     if examined.faults:
         raise RecipeError(path, examined.faults)
@@ -119,6 +115,10 @@ def _warn(screen: Console, examined: Examined) -> None:
 
 
 def _show(screen: Console, examined: Examined, done: Merged) -> None:
+    from .offline import FolderMerge
+    from .result import MergeResult
+    from .tables import print_conflicts, print_scores
+
     result = done.result
     if isinstance(result, MergeResult):
         print_conflicts(screen, result)
@@ -222,6 +222,8 @@ def sweep_recipe(
         RecipeError: it cannot be run.
         ConfigError: nothing decides its merge, so nothing can be searched.
     """
+    from .recipe import hi_config, load_model
+
     examined = _examined(path, (), evals, include_path)
     recipe = examined.recipe
     if not (recipe.is_hi and recipe.is_scored):
@@ -244,6 +246,8 @@ def validate(
     Reads adapters, data and the tokenizer, and builds every eval function. Exit code 0: all can be
     run; 2: one cannot.
     """
+    from .recipe import RecipeError, examine_file
+
     screen, faults = Console(), 0
     for path in recipes:
         table = Table("key", "", "found", title=str(path), title_justify="left")

@@ -14,6 +14,7 @@ import pytest
 import reports
 import tiny
 import torch
+from snapshot import run_python
 from test_page import rows_of, specs
 from typer.testing import CliRunner
 
@@ -245,3 +246,29 @@ def test_two_methods_without_scores_are_compared_by_what_they_made(ties: Path) -
 def test_a_damaged_report_is_refused(ties: Path, change: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         parse_report(read(ties) | change)
+
+
+WITHOUT_TORCH = """
+import sys
+from typer.testing import CliRunner
+from peft_himerge.cli import app
+done = CliRunner().invoke(app, {arguments})
+assert done.exit_code == 0, done.output
+print(sorted({{"torch", "transformers", "peft", "accelerate"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["merge", "--help"], ["report", "DIR"], ["check", "DIR"]]
+)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str], ties: Path) -> None:
+    given = [str(ties) if word == "DIR" else word for word in arguments]
+    out = run_python(WITHOUT_TORCH.format(arguments=given))
+    assert out.splitlines()[-1] == "[]"
+
+
+def test_every_method_is_listed_by_whoever_asks_first() -> None:
+    code = "from peft_himerge import list_methods; print([i.name for i in list_methods()])"
+    names = run_python(code).splitlines()[-1]
+    assert "'hi'" in names
+    assert "'regmean'" in names
