@@ -11,17 +11,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import ConfigError, suggest
 from .plan import Edit
 
-__all__ = ["HiMergeConfig"]
+__all__ = ["VARIANTS", "HiMergeConfig"]
 
 Density = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"search_target": "own", "accept": "always"},
+    "joint": {"search_target": "merged", "accept": "best"},
+}
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
 
 
 class HiMergeConfig(BaseModel):
-    """Options of `merge_adapters_hi`; frozen. The defaults are the paper's reading.
+    """Options of `merge_adapters_hi`; frozen.
 
     Attributes:
+        variant: where `search_target` and `accept` come from if they are not given: "paper" is
+            Hi-Merging as published; "joint" (ours) decides everything by the mean score of the
+            merged model: densities and scales, and then, layer by layer, what repairs it.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
         scale: factor s on what was kept, >= 0: one number, one per adapter, or "search".
@@ -35,7 +42,8 @@ class HiMergeConfig(BaseModel):
         search_budget: most points per adapter that search="optuna" scores, each once on the task
             or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
-            over all tasks of the "merged" model, one adapter after the other.
+            over all tasks of the "merged" model, one adapter after the other; then scales of 1.25
+            and 1.5 are tried too, for an adapter that the others drown.
         reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
             merged contribution again with the edits made so far.
         accept: "always" keeps every edit (paper); "no_regression" keeps an edit only if the mean
@@ -66,6 +74,7 @@ class HiMergeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    variant: Literal["paper", "joint"] = "paper"
     density: Density | dict[str, Density] | Literal["search"] = "search"
     scale: Scale | dict[str, Scale] | Literal["search"] = "search"
     layer_density: Density | None = None
@@ -91,8 +100,10 @@ class HiMergeConfig(BaseModel):
         if unknown:
             hint = suggest(unknown[0], type(self).model_fields)
             raise ConfigError(f"unknown option {unknown[0]!r} of HiMergeConfig.{hint}")
+        variant = options.get("variant", type(self).model_fields["variant"].default)
+        preset = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
         try:
-            super().__init__(**options)
+            super().__init__(**{**preset, **options})
         except ValidationError as exc:
             raise ConfigError(_readable(exc)) from None
 

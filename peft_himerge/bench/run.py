@@ -49,6 +49,7 @@ class Options:
         guide: "smooth" or "measure"; see `tasks.load_tasks`.
         batch_size: sequences per forward pass.
         max_new_tokens: most tokens to generate per prompt.
+        dtype: of the base model, "float32" or "bfloat16"; adapters and merging keep float32.
         seed: of random masks and of the points that are tried.
     """
 
@@ -58,7 +59,18 @@ class Options:
     guide: str = "smooth"
     batch_size: int = 32
     max_new_tokens: int = 64
+    dtype: str = "float32"
     seed: int = 0
+
+    def torch_dtype(self) -> torch.dtype:
+        """Return the dtype.
+
+        Raises:
+            ConfigError: it is none of the two.
+        """
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
 
 def run_bench(
@@ -97,7 +109,7 @@ def run_bench(
     for setting in settings:
         choose(contenders, len(setting))
     folders = {name: Path(adapters) / name for name in (*names, *mixed)}
-    model, tokenizer = load_peft_model(base, folders)
+    model, tokenizer = load_peft_model(base, folders, dtype=chosen.torch_dtype())
     tasks = load_tasks(
         Path(data),
         names,
