@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
 from .errors import ConfigError, suggest
-from .report import markdown_table, render_markdown
+from .report import render_markdown
 
 __all__ = ["licences_of", "render_card"]
 
@@ -81,32 +80,17 @@ def render_card(
     text = f"# {facts['adapter_name']}\n\nA LoRA adapter merged from\n\n"
     text += "\n".join(_source(name, digest, licences) for name, digest in sources.items())
     text += f"\n\nby {title}" + (f" ([paper]({url}))" if url else "")
-    text += " with `peft_himerge`, without training or training data. "
-    if method:
-        story = "`report.json` holds every number.\n\n" + _method_story(facts)
-    else:
+    # Learned coefficients (AdaMerging) and statistics (RegMean) are of examples.
+    learned = "examples" in facts.get("fitted", {})
+    text += " with `peft_himerge`, "
+    text += "on examples of the tasks. " if learned else "without training or training data. "
+    story = "`report.json` holds every number.\n"
+    if not method:
         story = "`plan.json` holds every decision and rebuilds it.\n"
-        story += render_markdown(facts).split("\n", 1)[1]
+    story += render_markdown(facts).split("\n", 1)[1]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{story}"))
 
 
 def _source(name: str, digest: str, licences: Mapping[str, str]) -> str:
     licence = f", licence {licences[name]}" if name in licences else ""
     return f"- `{name}`, digest `{digest[:16]}`{licence}"
-
-
-def _method_story(facts: Mapping[str, Any]) -> str:
-    method, export = facts["method"], facts["export"]
-    weights = [[name, f"{value:g}"] for name, value in facts["weights"].items()]
-    given = {**facts["options"], "space": facts["space"], "seed": facts["seed"]}
-    options = [[key, json.dumps(value, default=str)] for key, value in given.items()]
-    parts = [
-        "## Method",
-        f"`{method['name']}`, after {method['variant']}, on the true deltas scaling * B @ A.",
-        markdown_table(["adapter", "weight"], weights),
-        markdown_table(["option", "value"], options),
-        "## Export",
-        f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}.",
-        *(f"- {note}" for note in facts["notes"]),
-    ]
-    return "\n\n".join(parts) + "\n"

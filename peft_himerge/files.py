@@ -9,10 +9,10 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["replacing", "stream_tensors", "write_text"]
 
@@ -55,6 +55,8 @@ def stream_tensors(
     metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file tensor by tensor: header length, JSON header, raw bytes."""
+    import torch  # here, since who writes a text need not wait for it
+
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, (dtype, shape) in layout.items():

@@ -21,6 +21,7 @@ from .lowrank import LowRank, Rank, low_rank_of_dense, low_rank_of_product
 from .merged import AdapterMerge
 from .methods.depth import Lines
 from .methods.registry import MethodInfo, describe, get_method
+from .methods.registry import list_methods as list_methods
 from .methods.stack import Delta, Factored, Stack
 from .mixture import gather
 from .overwrite import taking_over
@@ -39,7 +40,8 @@ from .result import ModuleError
 from .scoring import EvalFn
 from .trials import Trials, tasks_of
 
-__all__ = ["AdapterMerge", "merge_adapters", "run", "scored"]
+# `list_methods` is handed on from here, where all are known: `byhi` registers one more.
+__all__ = ["AdapterMerge", "list_methods", "merge_adapters", "run", "scored"]
 
 
 def merge_adapters(

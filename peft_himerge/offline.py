@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import card, export, files, geometry, report
+from . import card, export, files, geometry
 from .adapters import common_base
 from .combine import Combiner
 from .config import HiMergeConfig
@@ -29,7 +29,7 @@ from .factors import Adapter, LoraFactors
 from .folders import read_folder
 from .lowrank import LowRank
 from .plan import DROP, MergePlan
-from .result import ModuleError, relative_error, save_page, versions
+from .result import ModuleError, module_records, relative_error, save_reports, versions
 
 __all__ = ["FolderMerge", "merge_folders"]
 
@@ -67,10 +67,7 @@ class FolderMerge:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json; as `MergeResult.to_dict`, without what was scored."""
-        rows = [
-            {"module": m.module, "rank": m.rank, "relative_error": m.error, "norm": m.norm}
-            for m in self.modules
-        ]
+        rows = module_records(self.modules)
         exported = {"rank": self.rank, "relative_error": self.export_error, "drop": None}
         return {
             "format": "peft_himerge.report/1",
@@ -211,10 +208,7 @@ def _write(
         )
         shape = geometry.to_records(geometry.layer_geometry(combiner), spectra)
         facts = merge.to_dict() | {"geometry": shape}
-        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-        files.write_text(beside / "report.json", text + "\n")
-        save_page(beside, facts)
-        files.write_text(beside / "report.md", report.render_markdown(facts))
+        save_reports(beside, facts)
         text = card.render_card(facts, fields["base_model_name_or_path"], licences)
         files.write_text(beside / "README.md", text)
         _put_in_place(beside, target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,16 @@ from .plan import MergePlan
 from .scoring import Score
 from .search import Trial
 
-__all__ = ["MergeResult", "ModuleError", "relative_error", "save_page", "versions"]
+__all__ = [
+    "MergeResult",
+    "ModuleError",
+    "deltas_of",
+    "module_records",
+    "relative_error",
+    "save_page",
+    "save_reports",
+    "versions",
+]
 
 _LOG = logging.getLogger("peft_himerge.result")
 
@@ -162,25 +171,12 @@ class MergeResult:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         files.write_text(target / "plan.json", self.plan.to_json())
-        facts = self.to_dict() | {"geometry": self._geometry()}
-        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-        files.write_text(target / "report.json", text + "\n")
-        files.write_text(target / "report.md", report.render_markdown(facts))
-        if page:
-            save_page(target, facts)
+        shown = deltas_of(self.model, self.adapter_name, self._unchanged)
+        facts = self.to_dict() | {"geometry": shown}
+        save_reports(target, facts, page=page)
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
         files.write_text(target / "README.md", card.render_card(facts, base, licences))
         return export.save_adapter(self.model, self.adapter_name, target)
-
-    def _geometry(self) -> dict[str, Any] | None:
-        """Return what report.json says of the deltas; None if they are no longer those merged."""
-        try:
-            combiner = self._unchanged()
-        except AdapterError as exc:
-            _LOG.warning("the report is without norms, cosines and spectra: %s", exc)
-            return None
-        exported = plain_factors(self.model, self.adapter_name)
-        return geometry.to_records(geometry.layer_geometry(combiner), geometry.spectra_of(exported))
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
         """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
@@ -231,10 +227,7 @@ class MergeResult:
                 "rank": self.rank,
                 "relative_error": self.export_error,
                 "drop": self.export_drop,
-                "modules": [
-                    {"module": m.module, "rank": m.rank, "relative_error": m.error, "norm": m.norm}
-                    for m in self.modules
-                ],
+                "modules": module_records(self.modules),
             },
             "cost": {
                 "scores": self.scores_computed,
@@ -252,6 +245,42 @@ def relative_error(modules: Sequence[ModuleError]) -> float:
     total = sum(m.norm**2 for m in modules)
     lost = sum((m.error * m.norm) ** 2 for m in modules)
     return (lost / total) ** 0.5 if total else 0.0
+
+
+def module_records(modules: Sequence[ModuleError]) -> list[dict[str, Any]]:
+    """Return what report.json says of each module's export."""
+    return [
+        {"module": m.module, "rank": m.rank, "relative_error": m.error, "norm": m.norm}
+        for m in modules
+    ]
+
+
+def deltas_of(
+    model: PeftModel, adapter_name: str, sources: Callable[[], Combiner]
+) -> dict[str, Any] | None:
+    """Return the key "geometry" of report.json; None if the sources are no longer those merged.
+
+    Args:
+        model: holds the merged adapter.
+        adapter_name: its name.
+        sources: gives the merged adapters; raises an AdapterError if they have changed.
+    """
+    try:
+        combiner = sources()
+    except AdapterError as exc:
+        _LOG.warning("the report is without norms, cosines and spectra: %s", exc)
+        return None
+    exported = plain_factors(model, adapter_name)
+    return geometry.to_records(geometry.layer_geometry(combiner), geometry.spectra_of(exported))
+
+
+def save_reports(folder: Path, facts: Mapping[str, Any], *, page: bool = True) -> None:
+    """Write report.json, report.md and, if wanted, report.html."""
+    text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+    files.write_text(folder / "report.json", text + "\n")
+    files.write_text(folder / "report.md", report.render_markdown(facts))
+    if page:
+        save_page(folder, facts)
 
 
 def save_page(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -84,6 +84,7 @@ class Run:
                 tuple(self.layers),
                 engine.total,
                 self.plan.sources,
+                self.config.model_dump(),
             )
         )
         engine.begin("base")

@@ -142,7 +142,17 @@ ROOMS: dict[str, set[str]] = {
         *("tracking", "yaml_file"),
     },
     "recipe": {
-        *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
+        *(
+            "adapters",
+            "batches",
+            "carried",
+            "config",
+            "errors",
+            "evals",
+            "events",
+            "factors",
+            "files",
+        ),
         *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
         *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
     },

@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,8 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
 
     Args:
         examined: from `examine`.
-        listeners: called with every event; a score of test data is a `StateScored` too.
+        listeners: called with every event; a score of test data is a `StateScored` too, their table
+            a `MergeTested`.
 
     Raises:
         RecipeError: `examine` found faults; nothing was loaded or written.
@@ -70,6 +70,14 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
     recipe = examined.recipe
     if examined.faults:
         raise RecipeError(recipe.file, examined.faults)
+    if recipe.tracking.to == "none":
+        return _run(examined, listeners)
+    with _wandb(recipe) as tracker:
+        return _run(examined, [*listeners, tracker])
+
+
+def _run(examined: Examined, listeners: Sequence[Listener]) -> Merged:
+    recipe = examined.recipe
     out = recipe.place(recipe.out)
     if recipe.is_hi and not recipe.is_scored:
         config = hi_config(recipe)
@@ -85,6 +93,9 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
     if examined.test:
         test = score_test(model, list(recipe.adapters), recipe.name, examined.test, listeners)
     _keep(recipe, out, test)
+    if isinstance(done, MergeResult):
+        for listener in listeners:
+            listener(AdapterSaved(out, done.plan))
     return Merged(out, done, test)
 
 
@@ -106,26 +117,21 @@ def _merge_hi(
     examined: Examined, model: PeftModel, out: Path, listeners: Sequence[Listener]
 ) -> MergeResult:
     recipe = examined.recipe
-    with ExitStack() as stack:
-        callbacks = list(listeners)
-        if recipe.tracking.to == "wandb":
-            callbacks.append(stack.enter_context(_wandb(recipe)))
-        if recipe.budget.seconds is not None:
-            callbacks.append(_Clock(recipe.budget.seconds, recipe.journal))
-        result = merge_adapters_hi(
-            model,
-            list(recipe.adapters),
-            {name: task.fn for name, task in examined.validation.items()},
-            adapter_name=recipe.name,
-            config=hi_config(recipe),
-            callbacks=callbacks,
-            journal=None if recipe.journal is None else recipe.place(recipe.journal),
-        )
-        if is_main():
-            result.save(out, sources=recipe.folders)
-            _save_merged(recipe, result)
-            for listener in callbacks:
-                listener(AdapterSaved(out, result.plan))
+    callbacks = list(listeners)
+    if recipe.budget.seconds is not None:
+        callbacks.append(_Clock(recipe.budget.seconds, recipe.journal))
+    result = merge_adapters_hi(
+        model,
+        list(recipe.adapters),
+        {name: task.fn for name, task in examined.validation.items()},
+        adapter_name=recipe.name,
+        config=hi_config(recipe),
+        callbacks=callbacks,
+        journal=None if recipe.journal is None else recipe.place(recipe.journal),
+    )
+    if is_main():
+        result.save(out, sources=recipe.folders)
+        _save_merged(recipe, result)
     return result
 
 
@@ -143,6 +149,7 @@ def _merge_by_method(
         rank=recipe.rank,
         eval_fns={name: task.fn for name, task in scored.items()} or None,
         metric=metric or None,
+        inputs={name: made.batches for name, made in examined.inputs.items()} or None,
         **recipe.options,
     )
     if is_main():
@@ -159,7 +166,9 @@ def _save_merged(recipe: Recipe, result: MergeResult | AdapterMerge) -> None:
 
 def _wandb(recipe: Recipe) -> WandbListener:
     told = recipe.tracking
-    start = {"project": told.project, "entity": told.entity, "name": told.run, "mode": told.mode}
+    start: dict[str, Any] = {"project": told.project, "entity": told.entity, "name": told.run}
+    start |= {"mode": told.mode}
+    start |= {"config": {"recipe": recipe.model_dump(exclude_defaults=True, exclude={"tracking"})}}
     return WandbListener(start={key: value for key, value in start.items() if value is not None})
 
 
@@ -173,7 +182,7 @@ class _Clock:
 
     def __call__(self, event: Event) -> None:
         took = time.monotonic() - self._start
-        if isinstance(event, StateScored) and took > self._seconds and event.stage != "test":
+        if isinstance(event, StateScored) and took > self._seconds:
             kept = (
                 "The journal has all of them: run it again to go on."
                 if self._journal is not None
