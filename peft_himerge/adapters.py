@@ -20,6 +20,7 @@ from .factors import Adapter, Kind, LoraFactors
 
 __all__ = [
     "check_config",
+    "check_factors",
     "check_values",
     "common_base",
     "lora_layers",
@@ -43,6 +44,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "arrow_config": "arrow routing has no single delta",
     }
 )
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MOST_ENTRIES = 1 << 34  # of one module's delta: 64 GiB in float32
 # Initialisations that also change the base weights (PEFT's LoraConfig docs).
 _REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -162,12 +165,7 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
         trailing = layer.lora_B[name].weight.shape[2:]
         if base.groups != 1 or any(size != 1 for size in trailing):
             raise AdapterError(f"{where}: grouped convolutions are not supported.")
-    a, b = found.a, found.b
-    check_values(where, a, b)
-    if not math.isfinite(found.scaling):
-        raise AdapterError(f"{where}: the scaling is {found.scaling}.")
-    if a.shape[0] != b.shape[1]:
-        raise AdapterError(f"{where}: A is {tuple(a.shape)} but B is {tuple(b.shape)}.")
+    check_factors(where, found)
     return found
 
 
@@ -191,13 +189,53 @@ def _factors(name: str, layer: LoraLayer) -> LoraFactors:
     return LoraFactors(a.detach(), b.detach(), float(layer.scaling[name]), kind, kernel)
 
 
-def check_values(where: str, *tensors: torch.Tensor) -> None:
-    """Refuse factors that are not there or hold NaN or infinity."""
-    for tensor in tensors:
+def check_factors(where: str, factors: LoraFactors) -> None:
+    """Refuse factors that don't fit each other, or whose delta could not be held.
+
+    Raises:
+        AdapterError: names the factor, what it holds and where.
+    """
+    a, b = factors.a, factors.b
+    for name, tensor in (("A", a), ("B", b)):
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"{where}: {name} is {tensor.dtype}. Allowed: {', '.join(map(str, _DTYPES))}."
+            )
+    check_values(where, A=a, B=b)
+    if not math.isfinite(factors.scaling):
+        raise AdapterError(f"{where}: the scaling is {factors.scaling}.")
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(f"{where}: A is {tuple(a.shape)} but B is {tuple(b.shape)}.")
+    if not 0 < factors.numel <= _MOST_ENTRIES:
+        raise AdapterError(
+            f"{where}: its delta is {factors.shape} (out, in); allowed are 1 to {_MOST_ENTRIES} "
+            f"entries, which is more than any base model's weight has."
+        )
+    if factors.bound > torch.finfo(factors.dtype).max:
+        raise AdapterError(
+            f"{where}: entries of its delta may be as large as {factors.bound:.1e}, more than "
+            f"{factors.dtype} holds. The training diverged, or the file is damaged."
+        )
+
+
+def check_values(where: str, **tensors: torch.Tensor) -> None:
+    """Refuse tensors that are not there or hold NaN or infinity.
+
+    Args:
+        where: whose they are, for messages.
+        **tensors: what each is called -> its values.
+    """
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise AdapterError(f"{where}: the weights are on the meta device; load them first.")
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{where}: the weights hold NaN or infinity.")
+        # torch cannot look at floats of 8 bits as they are.
+        wrong = ~torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            raise AdapterError(
+                f"{where}: {name} holds NaN or infinity, {int(wrong.sum())} of {tensor.numel()} "
+                f"entries, the first at {place}. The training diverged, or the file is damaged."
+            )
 
 
 def plain_weight(module: nn.Module) -> bool:

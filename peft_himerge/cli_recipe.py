@@ -15,6 +15,7 @@ from rich.table import Table
 from .cost import Cost
 from .errors import ConfigError
 from .offline import FolderMerge
+from .page import read_report
 from .preview import Preview
 from .processes import is_main
 from .progress import ProgressBar
@@ -185,10 +186,10 @@ def _seconds_per_score(report: Path) -> float | None:
     if not report.is_file():
         return None
     try:
-        cost = json.loads(report.read_text(encoding="utf-8")).get("cost", {})
-    except ValueError:
+        cost = read_report(report).cost
+    except ConfigError:
         return None
-    return cost["seconds"] / cost["scores"] if cost.get("scores") else None
+    return cost.seconds / cost.scores if cost.scores else None
 
 
 def sweep_recipe(path: Path, evals: Path | None) -> tuple[dict[str, Any], Any, Any, Any]:

@@ -15,7 +15,7 @@ from .combine import Combiner
 from .config import HiMergeConfig
 from .cost import Cost
 from .engine import Engine
-from .errors import ConfigError
+from .errors import ConfigError, HiMergeError, JournalError
 from .events import Listener, MergeFinished
 from .factors import Adapter
 from .identity import base_digest
@@ -128,7 +128,15 @@ def _start_alike(team: Team, model: PeftModel, combiner: Combiner, ledger: Ledge
     if team.size > 1:
         same = [base_digest(model), *(a.digest() for a in combiner.adapters.values())]
     state = ledger.journal.random_state if ledger is not None else capture()
-    install(team.first("weights of the model and the adapters", same, state))
+    try:
+        install(team.first("weights of the model and the adapters", same, state))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as exc:
+        if ledger is None or isinstance(exc, HiMergeError):
+            raise
+        raise JournalError(
+            f"the random state in the journal {ledger.journal.file} cannot be put in place: "
+            f"{exc!r:.200}. Move the file away to begin a new one."
+        ) from exc
 
 
 def apply_plan(

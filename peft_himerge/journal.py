@@ -217,8 +217,8 @@ class Journal:
         self._check_header(records[0])
         for number, record in enumerate(records[1:], 2):
             try:
-                self._kept[_text(record["key"])] = Kept(unpack_score(record), record["seconds"])
-            except (KeyError, TypeError, ValueError) as exc:
+                self._kept[_text(record["key"])] = _kept(record)
+            except (KeyError, TypeError, ValueError, AttributeError) as exc:
                 raise _DamageError(f"line {number} is not a score") from exc
         self.found = len(self._kept)
         if self.found:
@@ -237,6 +237,8 @@ class Journal:
                 raise ValueError("the checksum is wrong")
             self._sum = found
             return json.loads(record)
+        except RecursionError:
+            raise _DamageError(f"line {number}: it is nested too deeply") from None
         except ValueError as exc:
             # A file of another format has no checksums of ours: it is foreign, not damaged.
             if number == 1 and not line.startswith(_HEAD.encode()):
@@ -290,6 +292,18 @@ class Journal:
             target.name,
             why,
         )
+
+
+def _kept(record: Mapping[str, Any]) -> Kept:
+    """Return what a record of a score says, if it is one."""
+    score, seconds = unpack_score(record), record["seconds"]
+    numbers = [score.value, seconds, *score.metrics.values()]
+    numbers += [] if score.error is None else [score.error]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise TypeError("a value is no number")
+    if score.examples is not None and score.examples.ndim != 1:
+        raise TypeError("the examples are no row of numbers")
+    return Kept(score, seconds)
 
 
 def _file(path: Path, identity: Mapping[str, str]) -> Path:

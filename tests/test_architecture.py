@@ -21,14 +21,16 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     # floor 1: nouns that know nothing of each other
     "layers": {"errors"},
-    "plan": {"errors"},
+    "plan": {"errors", "json_file"},
     "scoring": {"errors"},
     "threads": {"errors"},
     "files": {"errors"},
     "names": {"errors"},
-    "portable": {"errors"},
+    "portable": {"errors", "json_file", "patterns"},
     "randomness": {"errors"},
     "yaml_file": {"errors"},
+    "json_file": {"errors"},
+    "patterns": {"errors"},
     "processes": {"errors"},
     "sampler": {"errors"},
     "factors": {"errors", "threads"},
@@ -36,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors", "plan"},
     "journal": {"errors", "scoring"},
     "blocks": {"errors", "layers"},
-    "evals": {"errors", "randomness", "scoring"},
+    "evals": {"errors", "json_file", "randomness", "scoring"},
     "batches": {"errors", "randomness"},
     "select": {"errors", "factors", "threads"},
     "adapters": {"errors", "factors"},
@@ -45,7 +47,8 @@ ROOMS: dict[str, set[str]] = {
     "search": {"config", "errors", "plan", "sampler"},
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
-    "folders": {"adapters", "errors", "factors"},
+    "vetting": {"adapters", "errors", "json_file", "patterns"},
+    "folders": {"adapters", "errors", "factors", "patterns", "vetting"},
     "identity": {"adapters", "errors", "factors"},
     # floor 4: the live model, exports, stories
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
@@ -53,7 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"conflict", "contribution", "plan", "scoring"},
     "card": {"errors", "report"},
     "lowrank": {"combine", "errors", "factors", "threads"},
-    "page": {"errors", "layers"},
+    "page": {"errors", "json_file", "layers"},
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
     "probe": {
         *("adapters", "blocks", "combine", "errors", "factors", "plan", "randomness"),
@@ -119,7 +122,7 @@ ROOMS: dict[str, set[str]] = {
         *("merging", "methods", "overwrite", "probe", "request", "result", "scoring"),
     },
     # floor 8: merges inside a training run, and who listens to them
-    "guests": {"adapters", "errors", "folders"},
+    "guests": {"adapters", "errors", "folders", "vetting"},
     "tracking": {
         *("conflict", "contribution", "errors", "events", "plan", "report", "result", "scoring"),
     },
@@ -143,8 +146,18 @@ ROOMS: dict[str, set[str]] = {
     },
     "recipe": {
         *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
-        *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
-        *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
+        *("folders", "hi", "json_file", "merging", "methods", "names", "offline", "preview"),
+        *(
+            "probe",
+            "processes",
+            "report",
+            "request",
+            "result",
+            "scoring",
+            "search",
+            "tracking",
+            "yaml_file",
+        ),
     },
     # floor 9: front doors
     "__init__": {
@@ -153,13 +166,14 @@ ROOMS: dict[str, set[str]] = {
     },
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
-        *("identity", "methods", "plan", "probe", "request", "result", "scoring", "trials"),
+        *("identity", "json_file", "methods", "plan", "probe", "request", "result", "scoring"),
+        "trials",
     },
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
     "cli_recipe": {
-        *("cost", "errors", "offline", "preview", "processes", "progress", "recipe", "result"),
-        "tables",
+        *("cost", "errors", "offline", "page", "preview", "processes", "progress", "recipe"),
+        *("result", "tables"),
     },
     "cli": {
         *("cli_bench", "cli_check", "cli_recipe", "recipe"),
@@ -183,6 +197,8 @@ TYPES_ONLY = {
 NO_TORCH = {
     "names",
     "yaml_file",
+    "json_file",
+    "patterns",
     "card",
     "portable",
     "errors",
@@ -204,6 +220,7 @@ NO_TORCH = {
 MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
+    "vetting",
     *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
     *("recipe", "result", "rounds", "sweep", "training", "weighted"),
 }
@@ -228,6 +245,7 @@ DOORS: dict[str, set[str]] = {
     },
     "safetensors": {
         *("adapters", "checkpoint", "demo", "evals", "export", "folders", "methods", "portable"),
+        "vetting",
     },
     "accelerate": {"identity", "processes", "rounds", "training"},
     "huggingface_hub": {"card"},

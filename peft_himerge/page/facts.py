@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +9,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import ConfigError
+from ..json_file import read_object
 from ..layers import OUTSIDE, layer_of
 
 __all__ = ["Conflict", "Contribution", "Pair", "Report", "Test", "parse_report", "read_report"]
 
 FORMAT = "peft_himerge.report/1"
+_MOST_BYTES = 1 << 28
 
 
 class _Facts(BaseModel):
@@ -262,10 +263,10 @@ def read_report(folder: str | Path) -> Report:
     path = Path(folder)
     path = path / "report.json" if path.is_dir() else path
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        facts = read_object(path, _MOST_BYTES)
+    except (OSError, ConfigError) as exc:
         raise ConfigError(
-            f"cannot read the report of {str(folder)!r}: {exc}. Give a folder that himerge merge "
+            f"cannot read the report of {str(folder)!r}: {exc} Give a folder that himerge merge "
             f"or result.save(folder) wrote."
         ) from exc
     return parse_report(facts, f"{str(path)!r}")
