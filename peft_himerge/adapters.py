@@ -45,6 +45,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = 1e12  # squares of entries are summed in float32
 _MOST_ENTRIES = 1 << 34  # of one module's delta: 64 GiB in float32
 # Initialisations that also change the base weights (PEFT's LoraConfig docs).
 _REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -104,17 +105,17 @@ def check_config(name: str, config: Any, carried: Collection[str] = ()) -> None:
     for field, reason in _REFUSED.items():
         value = getattr(config, field, None)
         if value and field not in carried:
-            raise AdapterError(f"adapter {name!r} uses {field}={value!r}: {reason}.")
+            raise AdapterError(f"adapter {name!r} uses {field}={value!r:.80}: {reason}.")
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_REBASED):
         raise AdapterError(
-            f"adapter {name!r} was started with init_lora_weights={start!r}, which also changed "
-            f"the base weights. Save it with path_initial_model_for_weight_conversion to get a "
+            f"adapter {name!r} was started with init_lora_weights={start!r:.80}, which also "
+            f"changed the base weights. Save it with path_initial_model_for_weight_conversion to get a "
             f"plain LoRA adapter of the original base."
         )
     if getattr(config, "bias", "none") != "none":
         raise AdapterError(
-            f"adapter {name!r} trained biases (bias={config.bias!r}), which are not a low-rank "
+            f"adapter {name!r} trained biases (bias={config.bias!r:.80}), which are not a low-rank "
             f"delta. Train with bias='none'."
         )
 
@@ -196,11 +197,6 @@ def check_factors(where: str, factors: LoraFactors) -> None:
         AdapterError: names the factor, what it holds and where.
     """
     a, b = factors.a, factors.b
-    for name, tensor in (("A", a), ("B", b)):
-        if tensor.dtype not in _DTYPES:
-            raise AdapterError(
-                f"{where}: {name} is {tensor.dtype}. Allowed: {', '.join(map(str, _DTYPES))}."
-            )
     check_values(where, A=a, B=b)
     if not math.isfinite(factors.scaling):
         raise AdapterError(f"{where}: the scaling is {factors.scaling}.")
@@ -211,15 +207,15 @@ def check_factors(where: str, factors: LoraFactors) -> None:
             f"{where}: its delta is {factors.shape} (out, in); allowed are 1 to {_MOST_ENTRIES} "
             f"entries, which is more than any base model's weight has."
         )
-    if factors.bound > torch.finfo(factors.dtype).max:
+    if (most := factors.bound) > _LARGEST:
         raise AdapterError(
-            f"{where}: entries of its delta may be as large as {factors.bound:.1e}, more than "
-            f"{factors.dtype} holds. The training diverged, or the file is damaged."
+            f"{where}: entries of its delta may be as large as {most:.1e}; at most {_LARGEST:.0e} "
+            f"can be merged. The training diverged, or the file is damaged."
         )
 
 
 def check_values(where: str, **tensors: torch.Tensor) -> None:
-    """Refuse tensors that are not there or hold NaN or infinity.
+    """Refuse tensors that are not there, are no floats of 16 bits or more, or hold NaN or infinity.
 
     Args:
         where: whose they are, for messages.
@@ -228,8 +224,10 @@ def check_values(where: str, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise AdapterError(f"{where}: the weights are on the meta device; load them first.")
-        # torch cannot look at floats of 8 bits as they are.
-        wrong = ~torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())
+        if tensor.dtype not in _DTYPES:
+            allowed = ", ".join(map(str, _DTYPES))
+            raise AdapterError(f"{where}: {name} is {tensor.dtype}. Allowed: {allowed}.")
+        wrong = ~torch.isfinite(tensor)
         if wrong.any():
             place = wrong.nonzero()[0].tolist()
             raise AdapterError(

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from .cost import Cost
 from .errors import ConfigError
+from .json_file import read_object
 from .offline import FolderMerge
-from .page import read_report
 from .preview import Preview
 from .processes import is_main
 from .progress import ProgressBar
@@ -186,10 +186,15 @@ def _seconds_per_score(report: Path) -> float | None:
     if not report.is_file():
         return None
     try:
-        cost = read_report(report).cost
-    except ConfigError:
+        cost = read_object(report, 1 << 28).get("cost")
+    except ConfigError:  # what stands there is about to be written anew
         return None
-    return cost.seconds / cost.scores if cost.scores else None
+    if not isinstance(cost, dict):
+        return None
+    scores, seconds = cost.get("scores"), cost.get("seconds")
+    if type(scores) is not int or type(seconds) is not float or scores < 1:
+        return None
+    return seconds / scores
 
 
 def sweep_recipe(path: Path, evals: Path | None) -> tuple[dict[str, Any], Any, Any, Any]:

@@ -18,7 +18,7 @@ from .adapters import check_config, check_factors, warn_if_zero
 from .errors import AdapterError, ConfigError
 from .factors import Adapter, Kind, LoraFactors
 from .patterns import FirstMatch
-from .vetting import check_fields, check_folder, map_file, read_config
+from .vetting import check_fields, check_folder, check_placed, loading, map_file, read_config
 
 __all__ = [
     "auto_class",
@@ -81,17 +81,22 @@ def hold_adapters(
         model: the base model, which is wrapped.
         adapters: adapter name -> its folder, at least one.
         bodies: as in `load_peft_model`.
+
+    Raises:
+        AdapterError: a folder is no sound adapter (`vetting.check_folder`), or does not fit.
     """
     wrapped: PeftModel | None = None
     for name, folder in adapters.items():
         check_folder(name, folder)
     for name, folder in adapters.items():
-        if bodies:
-            wrapped = _add_body(wrapped or model, name, Path(folder))
-        elif wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-        else:
-            wrapped.load_adapter(str(folder), adapter_name=name)
+        with loading(name):
+            if bodies:
+                wrapped = _add_body(wrapped or model, name, Path(folder))
+            elif wrapped is None:
+                wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                wrapped.load_adapter(str(folder), adapter_name=name)
+        check_placed(name, folder, wrapped)
     assert wrapped is not None
     return wrapped.eval()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from .adapters import lora_layers
-from .vetting import check_folder
+from .vetting import check_folder, check_placed, loading
 
 __all__ = ["check_folder", "guests"]
 
@@ -33,7 +33,10 @@ def guests(model: PeftModel, folders: Mapping[str, str | Path]) -> Iterator[None
     records = {name: list(getattr(tuner, name)) for name in _RECORDS if hasattr(tuner, name)}
     try:
         for name, folder in folders.items():
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            check_folder(name, folder)
+            with loading(name):
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            check_placed(name, folder, model)
         yield
     finally:
         for name in folders:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["parse_json", "read_object"]
+__all__ = ["check_header", "parse_json", "read_object"]
 
 _DEEPEST = 100
 _MOST_BYTES = 1 << 24  # no adapter's config comes near 16 MB
@@ -21,7 +22,8 @@ def parse_json(text: str | bytes) -> Any:
         ConfigError: it is no JSON in UTF-8, is nested too deeply, or has a key twice.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_table)
+        plain = text if isinstance(text, str) else text.decode("utf-8")
+        found = json.loads(plain, object_pairs_hook=_table)
         _check_depth(found)
         return found
     except RecursionError:
@@ -49,6 +51,17 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the key {key!r:.80} is there twice")
             seen.add(key)
     return table
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header has a key twice; its readers take the last one.
+
+    Raises:
+        ConfigError: says which.
+    """
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        parse_json(file.read(size))
 
 
 def read_object(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:

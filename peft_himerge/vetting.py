@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapters import check_config, check_values
-from .errors import AdapterError, ConfigError
-from .json_file import read_object
+from .adapters import check_config, check_values, plain_factors
+from .errors import AdapterError, ConfigError, HiMergeError
+from .json_file import check_header, read_object
 from .patterns import pattern_fault
 
-__all__ = ["check_fields", "check_folder", "map_file", "read_config"]
+__all__ = ["check_fields", "check_folder", "check_placed", "loading", "map_file", "read_config"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(embedding_)?[AB](\.weight)?")
 _KNOWN = frozenset(field.name for field in dataclasses.fields(LoraConfig))
 # What adapters of a live model may be, by the policy of the merge; it is refused there or carried.
 _LATER = (
@@ -57,11 +60,29 @@ def _is_layers(value: Any) -> bool:
     return all(isinstance(v, int) and not isinstance(v, bool) for v in many)
 
 
+def _is_tokens(value: Any) -> bool:
+    return all(map(_is_layers, value.values() if isinstance(value, dict) else [value]))
+
+
+def _is_pairs(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(v, list) and len(v) == 2 and _is_layers(v) for v in value)
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    )
+
+
 def _is_flag(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
 
 _FLAG = (_is_flag, "true or false")
+_LIST = (lambda v: _is_names(v) and not isinstance(v, str), "a list of names")
 _NAMES = (_is_names, "a list of names or a pattern")
 _TEXT = (_is_text, "a text")
 _TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
@@ -70,13 +91,17 @@ _TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
         "lora_alpha": (_is_factor, "a number > 0"),
         "lora_dropout": (lambda v: v in (None, 0) or (_is_factor(v) and v <= 1), "from 0 to 1"),
         **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
-        "modules_to_save": (lambda v: _is_names(v) and not isinstance(v, str), "a list of names"),
+        **dict.fromkeys(("modules_to_save", "target_parameters"), _LIST),
         "layers_to_transform": (_is_layers, "whole numbers"),
         **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), _TEXT),
         **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), _FLAG),
         "inference_mode": _FLAG,
         "init_lora_weights": (lambda v: _is_flag(v) or isinstance(v, str), "true, false or a name"),
         "bias": (_is_text, "'none'"),
+        "auto_mapping": (_is_texts, "a table of texts"),
+        "alora_invocation_tokens": (_is_layers, "a list of whole numbers"),
+        "trainable_token_indices": (_is_tokens, "whole numbers, or a table of such"),
+        "layer_replication": (_is_pairs, "a list of pairs of whole numbers"),
     }
 )
 
@@ -153,13 +178,53 @@ def map_file(name: str, path: Path) -> dict[str, Tensor]:
         AdapterError: the file is damaged, or holds tensors of a type that torch does not have.
     """
     try:
-        with safe_open(path, "pt") as opened:
+        with safe_open(path, "pt") as opened:  # which bounds the header
+            check_header(path)
             return {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as exc:
         raise AdapterError(
             f"adapter {name!r}: {str(path)!r} is damaged or no safetensors file ({exc}). Copy or "
             f"save it again."
         ) from exc
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Tell in one line why PEFT could not load an adapter that was vetted.
+
+    Raises:
+        AdapterError: in place of what PEFT raises.
+    """
+    try:
+        yield
+    except HiMergeError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, LookupError) as exc:
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        raise AdapterError(
+            f"adapter {name!r} does not fit the base model: {' '.join(lines[:2])[:500]}"
+        ) from exc
+
+
+def check_placed(name: str, folder: str | Path, model: PeftModel) -> None:
+    """Refuse an adapter in a model that lacks some of the modules its folder has factors for.
+
+    PEFT passes over weights that it finds no place for.
+
+    Raises:
+        AdapterError: names the first such module.
+    """
+    if model.peft_config[name].target_parameters:  # their names are those of parameters
+        return
+    placed = plain_factors(model, name)
+    with safe_open(Path(folder) / _WEIGHTS, "pt") as opened:
+        found = [_FACTOR.fullmatch(key) for key in opened.keys()]
+    for module in sorted(match["module"] for match in found if match is not None):
+        if module not in placed:
+            raise AdapterError(
+                f"adapter {name!r}: the base model has no place for its module {module!r:.200}; it "
+                f"was trained on another base model, or the file is damaged."
+            )
 
 
 def check_folder(name: str, folder: str | Path) -> None:
@@ -186,7 +251,9 @@ def check_folder(name: str, folder: str | Path) -> None:
                 f"not know and would pass over: upgrade peft, or train without it."
             )
     for key, tensor in map_file(name, source / _WEIGHTS).items():
-        if tensor.is_floating_point():
-            module, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
-            where = f"adapter {name!r}, module {module!r:.200}" if module else f"adapter {name!r}"
-            check_values(where, **{f"lora_{factor}" if module else key: tensor})
+        module, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if module:
+            where = f"adapter {name!r}, module {module!r:.200}"
+            check_values(where, **{f"lora_{factor:.80}": tensor})
+        elif tensor.is_floating_point():
+            check_values(f"adapter {name!r}", **{f"{key:.200}": tensor})

@@ -172,8 +172,8 @@ ROOMS: dict[str, set[str]] = {
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
     "cli_recipe": {
-        *("cost", "errors", "offline", "page", "preview", "processes", "progress", "recipe"),
-        *("result", "tables"),
+        *("cost", "errors", "json_file", "offline", "preview", "processes", "progress"),
+        *("recipe", "result", "tables"),
     },
     "cli": {
         *("cli_bench", "cli_check", "cli_recipe", "recipe"),

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
-from ..json_file import read_object
+from ..json_file import check_header, read_object
 from ..patterns import FirstMatch, pattern_fault
 from .finding import EVERY, Finding
 
@@ -132,6 +132,7 @@ def _layout(folder: Path) -> Iterator[Finding]:
 def _headers(path: Path) -> dict[str, Factor]:
     tensors = {}
     with safe_open(path, "np") as opened:
+        check_header(path)
         for key in opened.keys():
             head = opened.get_slice(key)
             tensors[key] = Factor(key, head.get_dtype(), tuple(head.get_shape()))
