@@ -110,8 +110,8 @@ def check_config(name: str, config: Any, carried: Collection[str] = ()) -> None:
     if isinstance(start, str) and start.lower().startswith(_REBASED):
         raise AdapterError(
             f"adapter {name!r} was started with init_lora_weights={start!r:.80}, which also "
-            f"changed the base weights. Save it with path_initial_model_for_weight_conversion to get a "
-            f"plain LoRA adapter of the original base."
+            f"changed the base weights. Save it with path_initial_model_for_weight_conversion to "
+            f"get a plain LoRA adapter of the original base."
         )
     if getattr(config, "bias", "none") != "none":
         raise AdapterError(

@@ -59,6 +59,7 @@ class Combiner:
         )
         names = {m for a in self.adapters.values() for m in a.factors}
         self.layers: tuple[LayerGroup, ...] = group_modules(names)
+        self._members = {layer.label: layer.modules for layer in self.layers}
         self._cuts: dict[tuple[str, str, float, float], Mapping[str, float]] = {}
 
     @property
@@ -155,7 +156,7 @@ class Combiner:
         key = (adapter, f"{scope}/{label}", whole, layer)
         if key not in self._cuts:
             factors = self.adapters[adapter].factors
-            members = [m for m in factors if layer_of(m) == label]
+            members = [m for m in self._members[label] if m in factors]
             tau = thresholds([(factors[m], first[m]) for m in members], [layer])[layer]
             self._cuts[key] = {m: max(tau, first[m]) for m in members}
         return self._cuts[key][module]

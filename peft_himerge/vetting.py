@@ -23,6 +23,7 @@ from torch import Tensor
 from .adapters import check_config, check_values, plain_factors
 from .errors import AdapterError, ConfigError, HiMergeError
 from .json_file import check_header, read_object
+from .names import check_name
 from .patterns import pattern_fault
 
 __all__ = ["check_fields", "check_folder", "check_placed", "loading", "map_file", "read_config"]
@@ -112,7 +113,9 @@ def read_config(name: str, folder: Path) -> dict[str, Any]:
     Raises:
         AdapterError: the folder holds no config and safetensors file, or the config is no object
             of JSON.
+        ConfigError: the name is none that an adapter can have.
     """
+    check_name(name, "the name of an adapter")
     if not (folder / _CONFIG).is_file():
         raise AdapterError(f"adapter {name!r}: {str(folder)!r} has no {_CONFIG}.")
     if not (folder / _WEIGHTS).is_file():

@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "search": {"config", "errors", "plan", "sampler"},
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
-    "vetting": {"adapters", "errors", "json_file", "patterns"},
+    "vetting": {"adapters", "errors", "json_file", "names", "patterns"},
     "folders": {"adapters", "errors", "factors", "patterns", "vetting"},
     "identity": {"adapters", "errors", "factors"},
     # floor 4: the live model, exports, stories
@@ -138,7 +138,7 @@ ROOMS: dict[str, set[str]] = {
     "offline": {
         *("card", "files"),
         *("adapters", "combine", "config", "errors", "export", "factors", "folders", "geometry"),
-        *("lowrank", "plan", "report", "result"),
+        *("lowrank", "names", "plan", "report", "result"),
     },
     "sweep": {
         *("config", "errors", "events", "hi", "probe", "result", "sampler", "scoring"),

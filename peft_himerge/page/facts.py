@@ -227,9 +227,10 @@ def _share_kept(scores: Mapping[str, Mapping[str, float]], state: str, task: str
     return (scores[state][task] - base) / (alone - base) if alone > base else None
 
 
-def _place(label: str) -> tuple[bool, str, int]:
+def _place(label: str) -> tuple[bool, str, int, str]:
     head, _, number = label.rpartition(".")
-    return (label == OUTSIDE, head, int(number) if number.isdigit() else 0)
+    digits = number.lstrip("0") if number.isdigit() else ""
+    return (label == OUTSIDE, head, len(digits), digits)
 
 
 def parse_report(facts: Mapping[str, Any], where: str = "the report") -> Report:
