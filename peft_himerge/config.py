@@ -62,6 +62,10 @@ class HiMergeConfig(BaseModel):
         processes: "auto" spreads the scores over the processes of `accelerate launch` or
             torch.distributed, all of which must call the merge; the result is the same for any
             number of them. "off" merges on this process alone, whoever else is there.
+        verify: distrust the eval functions: after every score look at the values of every weight,
+            so that one that writes to the model is named at once, and score the first state of
+            every task twice, so that a random one is. Without it writes are found too, most of
+            them at once, the rest at the end. Costs two passes over the weights per score.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,6 +89,7 @@ class HiMergeConfig(BaseModel):
     strategy: Literal["auto", "fold", "lazy"] = "auto"
     prefix_cache_gb: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 2.0
     processes: Literal["auto", "off"] = "auto"
+    verify: Annotated[bool, Field(strict=True)] = False
 
     def __init__(self, **options: Any) -> None:
         unknown = [key for key in options if key not in type(self).model_fields]

@@ -94,7 +94,7 @@ def merge_adapters_hi(
         common_base(read)
         listeners = tuple(callbacks) if team.main else ()
         run = Run(Combiner(read), _tasks(read, eval_fns, config), config, listeners)
-        probe = Probe(model, run.combiner, config.strategy, int(config.prefix_cache_gb * 1e9))
+        probe = _probe(model, run.combiner, config)
         with (
             preserved(model),
             open_ledger(
@@ -102,21 +102,29 @@ def merge_adapters_hi(
             ) as ledger,
         ):
             _start_alike(team, model, run.combiner, ledger)
-            with probe:
-                engine = Engine(probe, run.tasks, run.emit, run.cost(), ledger=ledger, team=team)
-                run.merge(engine)
-                parts = export.approximate(run.combiner, run.plan, config.rank)
-                probe.show(MergePlan.base())
-                rank = export.add_adapter(model, adapter_name, run.combiner, parts)
-                try:
+            try:
+                with probe:
+                    cost = run.cost()
+                    engine = Engine(probe, run.tasks, run.emit, cost, ledger=ledger, team=team)
+                    run.merge(engine)
+                    parts = export.approximate(run.combiner, run.plan, config.rank)
+                    probe.show(MergePlan.base())
+                    rank = export.add_adapter(model, adapter_name, run.combiner, parts)
                     run.score_export(engine, adapter_name)
-                except BaseException:
-                    export.remove_adapter(model, adapter_name)
-                    raise
+            except BaseException as exc:
+                export.remove_adapter(model, adapter_name)
+                if probe.tainted and ledger is not None:
+                    ledger.journal.set_aside("tainted", str(exc))
+                raise
         blocks = (probe.blocks.run, probe.blocks.skipped)
         result = _result(model, adapter_name, run, parts, rank, engine.done, start, blocks)
         run.emit(MergeFinished(result.plan, result.scores))
     return result
+
+
+def _probe(model: PeftModel, combiner: Combiner, config: HiMergeConfig) -> Probe:
+    cache = int(config.prefix_cache_gb * 1e9)
+    return Probe(model, combiner, config.strategy, cache, verify=config.verify)
 
 
 def _start_alike(team: Team, model: PeftModel, combiner: Combiner, ledger: Ledger | None) -> None:
@@ -210,7 +218,7 @@ def score_plans(
     for plan in plans.values():
         combiner.check(plan)
     tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}
-    probe = Probe(model, combiner, config.strategy, int(config.prefix_cache_gb * 1e9))
+    probe = _probe(model, combiner, config)
     with together(config.processes) as team, preserved(model):
         run = Run(combiner, tasks, config, tuple(callbacks) if team.main else ())
         _start_alike(team, model, combiner, None)

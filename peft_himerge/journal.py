@@ -9,7 +9,8 @@ What is read back is checked to the last byte:
 
 * a last line without its newline is the score in flight: it is cut off;
 * any other damage: the whole file is set aside as ``*.corrupt-<n>``;
-* another format or another identity: it is set aside as ``*.foreign-<n>``.
+* another format or another identity: it is set aside as ``*.foreign-<n>``;
+* scores of a model that an eval function wrote to: as ``*.tainted-<n>``.
 
 A file is renamed, never deleted, and a warning is logged.
 """
@@ -158,6 +159,24 @@ class Journal:
             ) from exc
         self._kept[_text(key)] = kept
 
+    def set_aside(self, kind: str, why: str) -> None:
+        """Rename the file so that its scores are not found again.
+
+        Args:
+            kind: what the new name says.
+            why: for the log.
+        """
+        number = 1
+        while (target := self.file.with_name(f"{self.file.name}.{kind}-{number}")).exists():
+            number += 1
+        self.file.rename(target)
+        _LOG.warning(
+            "the journal %s was set aside as %s: %s. All scores are computed anew.",
+            self.file,
+            target.name,
+            why,
+        )
+
     def _open(self) -> None:
         while True:
             self._lock()
@@ -165,9 +184,9 @@ class Journal:
                 self._read(os.pread(self._fd, os.fstat(self._fd).st_size, 0))
                 return
             except _DamageError as exc:
-                self._set_aside("corrupt", str(exc))
+                self.set_aside("corrupt", str(exc))
             except _ForeignError as exc:
-                self._set_aside("foreign", str(exc))
+                self.set_aside("foreign", str(exc))
             self._close()
 
     def _lock(self) -> None:
@@ -280,18 +299,6 @@ class Journal:
             line = line[os.write(self._fd, line) :]
         os.fsync(self._fd)
         self._sum = checksum
-
-    def _set_aside(self, kind: str, why: str) -> None:
-        number = 1
-        while (target := self.file.with_name(f"{self.file.name}.{kind}-{number}")).exists():
-            number += 1
-        self.file.rename(target)
-        _LOG.warning(
-            "the journal %s was set aside as %s: %s. All scores are computed anew.",
-            self.file,
-            target.name,
-            why,
-        )
 
 
 def _kept(record: Mapping[str, Any]) -> Kept:

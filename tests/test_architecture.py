@@ -58,8 +58,9 @@ ROOMS: dict[str, set[str]] = {
     "lowrank": {"combine", "errors", "factors", "threads"},
     "page": {"errors", "json_file", "layers"},
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
+    "keeping": {"identity"},
     "probe": {
-        *("adapters", "blocks", "combine", "errors", "factors", "plan", "randomness"),
+        *("adapters", "blocks", "combine", "errors", "factors", "keeping", "plan", "randomness"),
         *("scoring", "threads"),
     },
     # floor 5: what stands on those
@@ -220,7 +221,7 @@ NO_TORCH = {
 MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    "vetting",
+    *("keeping", "vetting"),
     *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
     *("recipe", "result", "rounds", "sweep", "training", "weighted"),
 }
@@ -231,7 +232,7 @@ DOORS: dict[str, set[str]] = {
         "evals",
         "identity",
         "journal",
-        "probe",
+        "keeping",
         "randomness",
         "scoring",
         "select",
