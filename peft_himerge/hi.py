@@ -63,7 +63,8 @@ def merge_adapters_hi(
             guard tasks: scored and reported, but not part of any conflict.
         adapter_name: name of the new adapter; must be free.
         config: the options; see `HiMergeConfig`.
-        callbacks: called with every event, in order; an exception in one ends the merge. With
+        callbacks: called with every event, in order; an exception in one ends the merge, as that
+            of a `budget.Budget(scores=..., seconds=...)` does. With
             several processes (`HiMergeConfig.processes`), only the main one calls them.
         journal: a file or folder that keeps every score as soon as it is known, so that a killed
             merge, run again, goes on where it stopped and ends with the same result. Scores are

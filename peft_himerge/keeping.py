@@ -174,8 +174,8 @@ class Structure:
     """
 
     def __init__(self, model: PeftModel) -> None:
-        # (module's path, what a change is, the table, its items)
-        self._tables: list[tuple[str, str, Any, list[Any]]] = []
+        # (module's path, what a change is, the module's attributes, which one, it, its items)
+        self._tables: list[tuple[str, str, dict[str, Any], str, Any, list[Any]]] = []
         self._forwards: list[tuple[str, dict[str, Any], Any]] = []
         weights: dict[str, Tensor] = {}
         buffers: dict[str, Tensor] = {}
@@ -189,11 +189,12 @@ class Structure:
                     values.update({f"{path}.{name}": value for name, value in table.items()})
                     if "_hf_hook" in held:
                         continue  # an offloaded weight is another object after every call
-                self._tables.append((path, what, table, _items(table) if table else _NONE))
+                items = _items(table) if table else _NONE
+                self._tables.append((path, what, held, key, table, items))
             if isinstance(module, _ADAPTED):
                 for key, value in held.items():
                     if key not in _OWN and isinstance(value, (dict, list, set)):
-                        self._tables.append((path, _ADAPTERS, value, _items(value)))
+                        self._tables.append((path, _ADAPTERS, held, key, value, _items(value)))
         self._weights = [
             (name, weight, weight.data, weight.data_ptr(), _version(weight))
             for name, weight in weights.items()
@@ -216,8 +217,10 @@ class Structure:
             whether the model is as it was.
         """
         found: list[str] = []
-        for path, what, table, items in self._tables:
-            if (table or items) and (key := _difference(table, items)) is not None:
+        for path, what, held, name, table, items in self._tables:
+            now = held.get(name, _NONE)
+            if (now or items) and (key := _difference(now, items)) is not None:
+                held[name] = table
                 _refill(table, items)
                 if what:
                     place = f"{path}.{key}" if what == _WEIGHT else path

@@ -53,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
     # floor 4: the live model, exports, stories
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
     "events": {"conflict", "contribution", "plan", "scoring"},
+    "budget": {"errors", "events"},
     "report": {"conflict", "contribution", "plan", "scoring"},
     "card": {"errors", "report"},
     "lowrank": {"combine", "errors", "factors", "threads"},
@@ -146,7 +147,17 @@ ROOMS: dict[str, set[str]] = {
         *("tracking", "yaml_file"),
     },
     "recipe": {
-        *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
+        *(
+            "adapters",
+            "budget",
+            "carried",
+            "config",
+            "errors",
+            "evals",
+            "events",
+            "factors",
+            "files",
+        ),
         *("folders", "hi", "json_file", "merging", "methods", "names", "offline", "preview"),
         *(
             "probe",
@@ -197,6 +208,7 @@ TYPES_ONLY = {
 
 NO_TORCH = {
     "names",
+    "budget",
     "yaml_file",
     "json_file",
     "patterns",
