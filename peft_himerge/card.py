@@ -18,7 +18,7 @@ __all__ = ["licences_of", "render_card"]
 
 _HI = ("Hi-Merging", "https://arxiv.org/abs/2506.12379")
 _MOST_BYTES = 1 << 22  # of a card
-_LONGEST = 200  # characters of a licence
+_LONGEST = 200  # characters of a licence, and of a name
 _UNREADABLE = "unknown (its model card cannot be read)"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -82,7 +82,7 @@ def render_card(
     licences = licences or {}
     known = {name: licence for name, licence in licences.items() if licence != _UNREADABLE}
     common = set(known.values()) if set(known) >= set(sources) else set()
-    on_hub = base is not None and _HUB_NAME.fullmatch(base) is not None
+    on_hub = base is not None and len(base) <= _LONGEST and bool(_HUB_NAME.fullmatch(base))
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,

@@ -6,7 +6,6 @@ recipe, option, adapter or data; nothing was paid for or written.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import warnings
@@ -36,6 +35,7 @@ from .config import HiMergeConfig
 from .errors import ConfigError, HiMergeError
 from .evals import load_evals
 from .hi import merge_adapters_hi
+from .json_file import parse_json
 from .offline import FolderMerge, merge_folders
 from .plan import MergePlan
 from .processes import is_main
@@ -329,8 +329,8 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         if not found:
             raise ConfigError(f"--set {pair!r}: expected KEY=VALUE, e.g. --set density=0.5.")
         try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
+            options[key] = parse_json(value)
+        except ConfigError:
             options[key] = value
     return options
 

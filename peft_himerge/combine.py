@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import PlanError, suggest
 from .factors import Adapter, Kind, LoraFactors, as_matrix, working_dtype
 from .layers import OUTSIDE, LayerGroup, group_modules, layer_of
-from .plan import DROP, Edit, MergePlan
+from .plan import DROP, MOST_SCALE, Edit, MergePlan
 from .select import prune_, thresholds
 
 __all__ = ["Combiner", "DeltaLike", "Term", "add_to_weight"]
@@ -94,10 +94,17 @@ class Combiner:
         """Refuse a plan that was made for other adapters.
 
         Raises:
-            PlanError: the plan names an adapter or a layer that is not here, lacks one that is, or
-                holds the digest of other weights.
+            PlanError: the plan names an adapter or a layer that is not here, lacks one that is,
+                holds the digest of other weights, or scales by more than `MOST_SCALE`.
         """
         layers = self.table()
+        for layer, name, edit in plan.live():
+            scale = plan.adapters[name].scale * edit.scale
+            if not abs(scale) <= MOST_SCALE:
+                raise PlanError(
+                    f"the plan scales adapter {name!r} by {scale:g} in layer {layer!r}; allowed "
+                    f"are at most {MOST_SCALE:g} either way."
+                )
         for name in plan.adapters:
             if name not in self.adapters:
                 raise PlanError(

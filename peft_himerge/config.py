@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError, suggest
-from .plan import Edit
+from .plan import MOST_SCALE, Edit
 
 __all__ = ["HiMergeConfig"]
 
 Density = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Scale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=0.0, le=MOST_SCALE, allow_inf_nan=False)]
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
 
 
@@ -24,7 +24,7 @@ class HiMergeConfig(BaseModel):
     Attributes:
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
-        scale: factor s on what was kept, >= 0: one number, one per adapter, or "search".
+        scale: factor s on what was kept, in [0, 10,000]: one number, one per adapter, or "search".
         layer_density: kept fraction p_l in a layer with a partial conflict, counted over the
             layer's entries; None is half of the adapter's density (paper). DESIGN 1.4.
         layer_scale: further factor s_l in such a layer; None is half of the adapter's scale.
@@ -132,7 +132,7 @@ class HiMergeConfig(BaseModel):
             else (
                 not isinstance(value, bool)
                 and (
-                    value >= 1
+                    1 <= value < 1 << 31
                     if isinstance(value, int)
                     else isinstance(value, float) and 0 < value < 1
                 )

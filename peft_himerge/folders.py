@@ -17,6 +17,7 @@ from torch import Tensor
 from .adapters import check_config, check_factors, warn_if_zero
 from .errors import AdapterError, ConfigError
 from .factors import Adapter, Kind, LoraFactors
+from .keeping import Structure
 from .patterns import FirstMatch
 from .vetting import check_fields, check_folder, check_placed, loading, map_file, read_config
 
@@ -83,22 +84,39 @@ def hold_adapters(
         bodies: as in `load_peft_model`.
 
     Raises:
-        AdapterError: a folder is no sound adapter (`vetting.check_folder`), or does not fit.
+        AdapterError: a folder is no sound adapter (`vetting.check_folder`), or does not fit; the
+            base model is as it was.
     """
-    wrapped: PeftModel | None = None
     for name, folder in adapters.items():
         check_folder(name, folder)
-    for name, folder in adapters.items():
-        with loading(name):
-            if bodies:
-                wrapped = _add_body(wrapped or model, name, Path(folder))
-            elif wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-            else:
-                wrapped.load_adapter(str(folder), adapter_name=name)
-        check_placed(name, folder, wrapped)
+    before = Structure(model)
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        wrapped: PeftModel | None = None
+        for name, folder in adapters.items():
+            wrapped = _hold(wrapped, model, name, Path(folder), bodies=bodies)
+    except BaseException:
+        before.put_back()
+        for weight, flag in flags:
+            weight.requires_grad = flag
+        raise
     assert wrapped is not None
     return wrapped.eval()
+
+
+def _hold(
+    wrapped: PeftModel | None, model: Any, name: str, folder: Path, *, bodies: bool
+) -> PeftModel:
+    """Add one adapter to the model, which the first one wraps."""
+    with loading(name):
+        if bodies:
+            wrapped = _add_body(wrapped or model, name, folder)
+        elif wrapped is None:
+            wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        else:
+            wrapped.load_adapter(str(folder), adapter_name=name)
+    check_placed(name, folder, wrapped)
+    return wrapped
 
 
 def auto_class(kinds: Mapping[str, str]) -> Any:

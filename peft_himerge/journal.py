@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -306,9 +307,10 @@ def _kept(record: Mapping[str, Any]) -> Kept:
     score, seconds = unpack_score(record), record["seconds"]
     numbers = [score.value, seconds, *score.metrics.values()]
     numbers += [] if score.error is None else [score.error]
-    if not all(type(number) in (int, float) for number in numbers):
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise TypeError("a value is no number")
-    if score.examples is not None and score.examples.ndim != 1:
+    examples = score.examples
+    if examples is not None and not (examples.ndim == 1 and np.isfinite(examples).all()):
         raise TypeError("the examples are no row of numbers")
     return Kept(score, seconds)
 

@@ -173,7 +173,7 @@ class Structure:
         model: the model.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         # (module's path, what a change is, the module's attributes, which one, it, its items)
         self._tables: list[tuple[str, str, dict[str, Any], str, Any, list[Any]]] = []
         self._forwards: list[tuple[str, dict[str, Any], Any]] = []

@@ -29,6 +29,8 @@ def pattern_fault(pattern: str, longest: int = 128) -> str | None:
     """
     if len(pattern) > _LONGEST:
         return f"has {len(pattern)} characters; at most {_LONGEST} are read"
+    if _LITERAL.fullmatch(pattern):
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about spellings that later versions may read otherwise
         try:

@@ -21,7 +21,9 @@ from typing import Any
 from .errors import ConfigError, PlanError, suggest
 from .json_file import parse_json, read_object
 
-__all__ = ["DROP", "IDENTITY", "PRUNE_SCOPES", "Edit", "MergePlan"]
+__all__ = ["DROP", "IDENTITY", "MOST_SCALE", "PRUNE_SCOPES", "Edit", "MergePlan"]
+
+MOST_SCALE = 1e4  # of both steps together: what is larger is a mistake, and might overflow
 
 PRUNE_SCOPES = ("model", "layer", "module")
 _FORMAT = "peft_himerge.plan/1"

@@ -15,6 +15,7 @@ __all__ = ["parse_yaml", "read_yaml"]
 _MOST_CHARACTERS = 1 << 18
 _MOST_VALUES = 100_000
 _DEEPEST = 100
+_MERGE = "tag:yaml.org,2002:merge"  # the key <<
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,6 +25,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for place, _ in node.value:
+        if place.tag == _MERGE:
+            continue
         key = loader.construct_object(place)
         if not isinstance(key, Hashable):
             text = f"a key must be a name or a number, got {type(key).__name__}"
@@ -74,8 +77,8 @@ def parse_yaml(text: str) -> Any:
             f"this has {len(text)} characters; at most {_MOST_CHARACTERS} are read. Data belongs "
             f"into files of its own."
         )
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -85,8 +88,6 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError("this is nested too deeply to be read.") from None
     except (yaml.YAMLError, ValueError) as exc:  # ValueError: a date or a number that is none
         raise ConfigError(f"this is no valid YAML: {exc}.") from exc
-    finally:
-        loader.dispose()
 
 
 def read_yaml(path: str | Path) -> dict[Any, Any]:

@@ -48,7 +48,7 @@ ROOMS: dict[str, set[str]] = {
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
     "vetting": {"adapters", "errors", "json_file", "names", "patterns"},
-    "folders": {"adapters", "errors", "factors", "patterns", "vetting"},
+    "folders": {"adapters", "errors", "factors", "keeping", "patterns", "vetting"},
     "identity": {"adapters", "errors", "factors"},
     # floor 4: the live model, exports, stories
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
@@ -190,7 +190,7 @@ ROOMS: dict[str, set[str]] = {
     "cli": {
         *("cli_bench", "cli_check", "cli_recipe", "recipe"),
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
-        *("methods", "offline", "plan", "progress", "report", "result"),
+        *("json_file", "methods", "offline", "plan", "progress", "report", "result"),
         *("cli_report", "preview", "processes", "sweep", "tables"),
     },
     "cli_report": {"errors", "files", "page"},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..errors import ConfigError
 from ..json_file import read_object
@@ -16,6 +16,20 @@ __all__ = ["Conflict", "Contribution", "Pair", "Report", "Test", "parse_report",
 
 FORMAT = "peft_himerge.report/1"
 _MOST_BYTES = 1 << 28
+
+
+def _same_tasks(
+    scores: dict[str, dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """Refuse a table of scores with gaps."""
+    tasks = next(iter(scores.values()), {}).keys()
+    for state, row in scores.items():
+        if row.keys() != tasks:
+            raise ValueError(f"the state {state!r:.80} has no score of every task")
+    return scores
+
+
+Scores = Annotated[dict[str, dict[str, float]], AfterValidator(_same_tasks)]
 
 
 class _Facts(BaseModel):
@@ -138,7 +152,7 @@ class Test(_Facts):
 
     __test__ = False  # pytest takes every class of that name for tests
 
-    scores: dict[str, dict[str, float]]
+    scores: Scores
     standard_errors: dict[str, dict[str, float | None]] = {}
 
     @property
@@ -179,7 +193,7 @@ class Report(_Facts):
     format: Literal["peft_himerge.report/1"]
     adapter_name: str
     plan: Plan
-    scores: dict[str, dict[str, float]]
+    scores: Scores
     standard_errors: dict[str, dict[str, float | None]] = {}
     test: Test | None = None
     metrics: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -221,7 +235,7 @@ class Report(_Facts):
 
 
 def _share_kept(scores: Mapping[str, Mapping[str, float]], state: str, task: str) -> float | None:
-    if task not in scores or "base" not in scores:
+    if not {task, state, "base"} <= scores.keys():
         return None
     base, alone = scores["base"][task], scores[task][task]
     return (scores[state][task] - base) / (alone - base) if alone > base else None
