@@ -84,6 +84,8 @@ def parse_yaml(text: str) -> Any:
             return None
         _check_size(node)
         return loader.construct_document(node)
+    except ConfigError:
+        raise
     except RecursionError:
         raise ConfigError("this is nested too deeply to be read.") from None
     except (yaml.YAMLError, ValueError) as exc:  # ValueError: a date or a number that is none
