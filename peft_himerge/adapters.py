@@ -20,6 +20,7 @@ from .factors import Adapter, Kind, LoraFactors
 
 __all__ = [
     "check_config",
+    "check_factors",
     "check_values",
     "common_base",
     "lora_layers",
@@ -43,6 +44,9 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "arrow_config": "arrow routing has no single delta",
     }
 )
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = 1e12  # squares of entries are summed in float32
+_MOST_ENTRIES = 1 << 34  # of one module's delta: 64 GiB in float32
 # Initialisations that also change the base weights (PEFT's LoraConfig docs).
 _REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -101,17 +105,17 @@ def check_config(name: str, config: Any, carried: Collection[str] = ()) -> None:
     for field, reason in _REFUSED.items():
         value = getattr(config, field, None)
         if value and field not in carried:
-            raise AdapterError(f"adapter {name!r} uses {field}={value!r}: {reason}.")
+            raise AdapterError(f"adapter {name!r} uses {field}={value!r:.80}: {reason}.")
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_REBASED):
         raise AdapterError(
-            f"adapter {name!r} was started with init_lora_weights={start!r}, which also changed "
-            f"the base weights. Save it with path_initial_model_for_weight_conversion to get a "
-            f"plain LoRA adapter of the original base."
+            f"adapter {name!r} was started with init_lora_weights={start!r:.80}, which also "
+            f"changed the base weights. Save it with path_initial_model_for_weight_conversion to "
+            f"get a plain LoRA adapter of the original base."
         )
     if getattr(config, "bias", "none") != "none":
         raise AdapterError(
-            f"adapter {name!r} trained biases (bias={config.bias!r}), which are not a low-rank "
+            f"adapter {name!r} trained biases (bias={config.bias!r:.80}), which are not a low-rank "
             f"delta. Train with bias='none'."
         )
 
@@ -162,12 +166,7 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
         trailing = layer.lora_B[name].weight.shape[2:]
         if base.groups != 1 or any(size != 1 for size in trailing):
             raise AdapterError(f"{where}: grouped convolutions are not supported.")
-    a, b = found.a, found.b
-    check_values(where, a, b)
-    if not math.isfinite(found.scaling):
-        raise AdapterError(f"{where}: the scaling is {found.scaling}.")
-    if a.shape[0] != b.shape[1]:
-        raise AdapterError(f"{where}: A is {tuple(a.shape)} but B is {tuple(b.shape)}.")
+    check_factors(where, found)
     return found
 
 
@@ -191,13 +190,50 @@ def _factors(name: str, layer: LoraLayer) -> LoraFactors:
     return LoraFactors(a.detach(), b.detach(), float(layer.scaling[name]), kind, kernel)
 
 
-def check_values(where: str, *tensors: torch.Tensor) -> None:
-    """Refuse factors that are not there or hold NaN or infinity."""
-    for tensor in tensors:
+def check_factors(where: str, factors: LoraFactors) -> None:
+    """Refuse factors that don't fit each other, or whose delta could not be held.
+
+    Raises:
+        AdapterError: names the factor, what it holds and where.
+    """
+    a, b = factors.a, factors.b
+    check_values(where, A=a, B=b)
+    if not math.isfinite(factors.scaling):
+        raise AdapterError(f"{where}: the scaling is {factors.scaling}.")
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(f"{where}: A is {tuple(a.shape)} but B is {tuple(b.shape)}.")
+    if not 0 < factors.numel <= _MOST_ENTRIES:
+        raise AdapterError(
+            f"{where}: its delta is {factors.shape} (out, in); allowed are 1 to {_MOST_ENTRIES} "
+            f"entries, which is more than any base model's weight has."
+        )
+    if (most := factors.bound) > _LARGEST:
+        raise AdapterError(
+            f"{where}: entries of its delta may be as large as {most:.1e}; at most {_LARGEST:.0e} "
+            f"can be merged. The training diverged, or the file is damaged."
+        )
+
+
+def check_values(where: str, **tensors: torch.Tensor) -> None:
+    """Refuse tensors that are not there, are no floats of 16 bits or more, or hold NaN or infinity.
+
+    Args:
+        where: whose they are, for messages.
+        **tensors: what each is called -> its values.
+    """
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise AdapterError(f"{where}: the weights are on the meta device; load them first.")
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{where}: the weights hold NaN or infinity.")
+        if tensor.dtype not in _DTYPES:
+            allowed = ", ".join(map(str, _DTYPES))
+            raise AdapterError(f"{where}: {name} is {tensor.dtype}. Allowed: {allowed}.")
+        wrong = ~torch.isfinite(tensor)
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            raise AdapterError(
+                f"{where}: {name} holds NaN or infinity, {int(wrong.sum())} of {tensor.numel()} "
+                f"entries, the first at {place}. The training diverged, or the file is damaged."
+            )
 
 
 def plain_weight(module: nn.Module) -> bool:

@@ -16,6 +16,8 @@ from .report import render_markdown
 __all__ = ["licences_of", "render_card"]
 
 _HI = ("Hi-Merging", "https://arxiv.org/abs/2506.12379")
+_MOST_BYTES = 1 << 22  # of a card
+_LONGEST = 200  # characters of a licence, and of a name
 _UNREADABLE = "unknown (its model card cannot be read)"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -37,19 +39,29 @@ def licences_of(
         if name not in names:
             raise ConfigError(f"sources names {name!r}.{suggest(str(name), names)}")
         card = Path(folder) / "README.md" if Path(folder).is_dir() else Path(folder)
-        if not card.exists():
+        if not card.is_file():
             continue
         try:
-            fields = metadata_load(card) or {}
-        except (ValueError, YAMLError):  # a merge of hours is not lost over a comma
-            found[name] = _UNREADABLE
-            continue
-        licence = fields.get("license")
-        if licence == "other":
-            licence = fields.get("license_name") or licence
+            licence = _licence(card)
+        except (OSError, ValueError, RecursionError, YAMLError):
+            licence = _UNREADABLE  # a merge of hours is not lost over a comma
         if licence:
-            found[name] = ", ".join(licence) if isinstance(licence, list) else str(licence)
+            found[name] = licence
     return found
+
+
+def _licence(card: Path) -> str | None:
+    """Return what a model card's metadata says, which is anyone's text."""
+    if card.stat().st_size > _MOST_BYTES:
+        raise ValueError("too large")
+    fields = metadata_load(card) or {}
+    licence = fields.get("license")
+    if licence == "other":
+        licence = fields.get("license_name") or licence
+    names = licence if isinstance(licence, list) else [] if licence is None else [licence]
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ValueError("no names")
+    return ", ".join(names)[:_LONGEST]
 
 
 def render_card(
@@ -69,7 +81,7 @@ def render_card(
     licences = licences or {}
     known = {name: licence for name, licence in licences.items() if licence != _UNREADABLE}
     common = set(known.values()) if set(known) >= set(sources) else set()
-    on_hub = base is not None and _HUB_NAME.fullmatch(base) is not None
+    on_hub = base is not None and len(base) <= _LONGEST and bool(_HUB_NAME.fullmatch(base))
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,

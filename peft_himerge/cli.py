@@ -6,7 +6,6 @@ recipe, option, adapter or data; nothing was paid for or written.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import warnings
@@ -35,6 +34,7 @@ from .cli_recipe import (
 from .cli_report import report
 from .config import HiMergeConfig
 from .errors import ConfigError, HiMergeError
+from .json_file import parse_json
 from .plan import MergePlan
 
 # What needs torch is imported where it is used: --help, report and check do not wait for it.
@@ -360,8 +360,8 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         if not found:
             raise ConfigError(f"--set {pair!r}: expected KEY=VALUE, e.g. --set density=0.5.")
         try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
+            options[key] = parse_json(value)
+        except ConfigError:
             options[key] = value
     return options
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import ConfigError
+from .json_file import read_object
 
 # What needs torch is imported where it is used, so that --help does not wait for it.
 if TYPE_CHECKING:
@@ -207,10 +208,15 @@ def _seconds_per_score(report: Path) -> float | None:
     if not report.is_file():
         return None
     try:
-        cost = json.loads(report.read_text(encoding="utf-8")).get("cost", {})
-    except ValueError:
+        cost = read_object(report, 1 << 28).get("cost")
+    except ConfigError:  # what stands there is about to be written anew
         return None
-    return cost["seconds"] / cost["scores"] if cost.get("scores") else None
+    if not isinstance(cost, dict):
+        return None
+    scores, seconds = cost.get("scores"), cost.get("seconds")
+    if type(scores) is not int or type(seconds) is not float or scores < 1:
+        return None
+    return seconds / scores
 
 
 def sweep_recipe(

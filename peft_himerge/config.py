@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError, suggest
-from .plan import Edit
+from .plan import MOST_SCALE, Edit
 
 __all__ = ["VARIANTS", "HiMergeConfig"]
 
 Density = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Scale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=0.0, le=MOST_SCALE, allow_inf_nan=False)]
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "paper": {"search_target": "own", "accept": "always"},
     "joint": {"search_target": "merged", "accept": "best"},
@@ -31,7 +31,7 @@ class HiMergeConfig(BaseModel):
             merged model: densities and scales, and then, layer by layer, what repairs it.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
-        scale: factor s on what was kept, >= 0: one number, one per adapter, or "search".
+        scale: factor s on what was kept, in [0, 10,000]: one number, one per adapter, or "search".
         layer_density: kept fraction p_l in a layer with a partial conflict, counted over the
             layer's entries; None is half of the adapter's density (paper). DESIGN 1.4.
         layer_scale: further factor s_l in such a layer; None is half of the adapter's scale.
@@ -70,6 +70,10 @@ class HiMergeConfig(BaseModel):
         processes: "auto" spreads the scores over the processes of `accelerate launch` or
             torch.distributed, all of which must call the merge; the result is the same for any
             number of them. "off" merges on this process alone, whoever else is there.
+        verify: distrust the eval functions: after every score look at the values of every weight,
+            so that one that writes to the model is named at once, and score the first state of
+            every task twice, so that a random one is. Without it writes are found too, most of
+            them at once, the rest at the end. Costs two passes over the weights per score.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +98,7 @@ class HiMergeConfig(BaseModel):
     strategy: Literal["auto", "fold", "lazy"] = "auto"
     prefix_cache_gb: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 2.0
     processes: Literal["auto", "off"] = "auto"
+    verify: Annotated[bool, Field(strict=True)] = False
 
     def __init__(self, **options: Any) -> None:
         unknown = [key for key in options if key not in type(self).model_fields]
@@ -138,7 +143,7 @@ class HiMergeConfig(BaseModel):
             else (
                 not isinstance(value, bool)
                 and (
-                    value >= 1
+                    1 <= value < 1 << 31
                     if isinstance(value, int)
                     else isinstance(value, float) and 0 < value < 1
                 )

@@ -28,6 +28,7 @@ from .errors import AdapterError, ConfigError, PlanError, suggest
 from .factors import Adapter, LoraFactors
 from .folders import read_folder
 from .lowrank import LowRank
+from .names import check_new_name
 from .plan import DROP, MergePlan
 from .result import ModuleError, module_records, relative_error, save_reports, versions
 
@@ -118,7 +119,7 @@ def merge_folders(
     """
     start = time.perf_counter()
     target = Path(out)
-    _check_arguments(adapters, target, plan, config)
+    _check_arguments(adapters, target, plan, config, adapter_name)
     config = config or HiMergeConfig(density=1.0, scale=1.0)
     read = [read_folder(name, folder) for name, folder in adapters.items()]
     if strict_base:
@@ -139,7 +140,9 @@ def _check_arguments(
     target: Path,
     plan: MergePlan | None,
     config: HiMergeConfig | None,
+    adapter_name: str,
 ) -> None:
+    check_new_name(adapter_name, (), "choose another")
     if not isinstance(adapters, Mapping) or not adapters:
         raise ConfigError(f"adapters must map at least one name to a folder, got {adapters!r}.")
     for name, folder in adapters.items():

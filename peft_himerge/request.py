@@ -240,7 +240,7 @@ def check_rank(rank: Any) -> Rank:
     if isinstance(rank, str):
         fine = rank in ("auto", "exact")
     elif isinstance(rank, int):
-        fine = not isinstance(rank, bool) and rank >= 1
+        fine = not isinstance(rank, bool) and 1 <= rank < 1 << 31
     else:
         fine = isinstance(rank, float) and 0.0 < rank < 1.0
     if not fine:

@@ -21,14 +21,16 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     # floor 1: nouns that know nothing of each other
     "layers": {"errors"},
-    "plan": {"errors"},
+    "plan": {"errors", "json_file"},
     "scoring": {"errors"},
     "threads": {"errors"},
     "files": {"errors"},
     "names": {"errors"},
-    "portable": {"errors"},
+    "portable": {"errors", "json_file", "patterns"},
     "randomness": {"errors"},
     "yaml_file": {"errors"},
+    "json_file": {"errors"},
+    "patterns": {"errors"},
     "processes": {"errors"},
     "sampler": {"errors"},
     "factors": {"errors", "threads"},
@@ -36,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors", "plan"},
     "journal": {"errors", "scoring"},
     "blocks": {"errors", "layers"},
-    "evals": {"errors", "randomness", "scoring"},
+    "evals": {"errors", "json_file", "randomness", "scoring"},
     "batches": {"errors", "randomness"},
     "select": {"errors", "factors", "threads"},
     "adapters": {"errors", "factors"},
@@ -45,18 +47,21 @@ ROOMS: dict[str, set[str]] = {
     "search": {"config", "errors", "plan", "sampler"},
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
-    "folders": {"adapters", "errors", "factors"},
+    "vetting": {"adapters", "errors", "json_file", "names", "patterns"},
+    "folders": {"adapters", "errors", "factors", "keeping", "patterns", "vetting"},
     "identity": {"adapters", "errors", "factors"},
     # floor 4: the live model, exports, stories
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
     "events": {"conflict", "contribution", "plan", "scoring"},
+    "budget": {"errors", "events"},
     "report": {"conflict", "contribution", "plan", "scoring"},
     "card": {"errors", "report"},
     "lowrank": {"combine", "errors", "factors", "threads"},
-    "page": {"errors", "layers"},
+    "page": {"errors", "json_file", "layers"},
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
+    "keeping": {"identity"},
     "probe": {
-        *("adapters", "blocks", "combine", "errors", "factors", "plan", "randomness"),
+        *("adapters", "blocks", "combine", "errors", "factors", "keeping", "plan", "randomness"),
         *("scoring", "threads"),
     },
     # floor 5: what stands on those
@@ -119,7 +124,7 @@ ROOMS: dict[str, set[str]] = {
         *("merging", "methods", "overwrite", "probe", "request", "result", "scoring"),
     },
     # floor 8: merges inside a training run, and who listens to them
-    "guests": {"adapters", "errors", "folders"},
+    "guests": {"adapters", "errors", "folders", "vetting"},
     "tracking": {
         *("conflict", "contribution", "errors", "events", "plan", "report", "result", "scoring"),
     },
@@ -135,7 +140,7 @@ ROOMS: dict[str, set[str]] = {
     "offline": {
         *("card", "files"),
         *("adapters", "combine", "config", "errors", "export", "factors", "folders", "geometry"),
-        *("lowrank", "plan", "report", "result"),
+        *("lowrank", "names", "plan", "report", "result"),
     },
     "sweep": {
         *("config", "errors", "events", "hi", "probe", "result", "sampler", "scoring"),
@@ -145,6 +150,7 @@ ROOMS: dict[str, set[str]] = {
         *(
             "adapters",
             "batches",
+            "budget",
             "carried",
             "config",
             "errors",
@@ -153,7 +159,17 @@ ROOMS: dict[str, set[str]] = {
             "factors",
             "files",
         ),
-        *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
+        *(
+            "folders",
+            "hi",
+            "json_file",
+            "merging",
+            "methods",
+            "names",
+            "offline",
+            "preview",
+            "probe",
+        ),
         *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
     },
     # floor 9: front doors
@@ -163,18 +179,19 @@ ROOMS: dict[str, set[str]] = {
     },
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
-        *("identity", "methods", "plan", "probe", "request", "result", "scoring", "trials"),
+        *("identity", "json_file", "methods", "plan", "probe", "request", "result", "scoring"),
+        "trials",
     },
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
     "cli_recipe": {
-        *("cost", "errors", "offline", "preview", "processes", "progress", "recipe", "result"),
-        "tables",
+        *("cost", "errors", "json_file", "offline", "preview", "processes", "progress"),
+        *("recipe", "result", "tables"),
     },
     "cli": {
         *("cli_bench", "cli_check", "cli_recipe", "recipe"),
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
-        *("methods", "offline", "plan", "progress", "report", "result"),
+        *("json_file", "methods", "offline", "plan", "progress", "report", "result"),
         *("cli_report", "preview", "processes", "sweep", "tables"),
     },
     "cli_report": {"errors", "files", "page"},
@@ -192,7 +209,10 @@ TYPES_ONLY = {
 
 NO_TORCH = {
     "names",
+    "budget",
     "yaml_file",
+    "json_file",
+    "patterns",
     "card",
     "portable",
     "errors",
@@ -214,6 +234,7 @@ NO_TORCH = {
 MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
+    *("keeping", "vetting"),
     *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
     *("recipe", "result", "rounds", "sweep", "training", "weighted"),
 }
@@ -224,7 +245,7 @@ DOORS: dict[str, set[str]] = {
         "evals",
         "identity",
         "journal",
-        "probe",
+        "keeping",
         "randomness",
         "scoring",
         "select",
@@ -238,6 +259,7 @@ DOORS: dict[str, set[str]] = {
     },
     "safetensors": {
         *("adapters", "checkpoint", "demo", "evals", "export", "folders", "methods", "portable"),
+        "vetting",
     },
     "accelerate": {"identity", "processes", "rounds", "training"},
     "huggingface_hub": {"card"},

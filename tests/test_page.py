@@ -357,7 +357,7 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
     [
         (None, "cannot read the report"),
         ("{", "cannot read the report"),
-        ("[]", "is no report"),
+        ("[]", "cannot read the report.*holds no JSON object"),
         ('{"format": "peft_himerge.sweep/1"}', "is no report of a merge"),
         ('{"format": "peft_himerge.adapter_merge/1"}', "is damaged: adapter_name"),
         ('{"format": "peft_himerge.report/1", "adapter_name": 3}', "is damaged: adapter_name"),

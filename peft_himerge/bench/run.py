@@ -22,6 +22,7 @@ from ..files import write_text
 from ..folders import load_peft_model
 from ..hi import merge_adapters_hi, score_plans
 from ..identity import adapter_digest, base_digest
+from ..json_file import read_object
 from ..methods.registry import get_method
 from ..plan import IDENTITY, MergePlan
 from ..probe import Probe, preserved
@@ -319,10 +320,9 @@ class _Bench:
         """Compute a cell unless its file says it rests on the same facts."""
         key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
         path = self.cells / place
-        if path.is_file():
-            if json.loads(path.read_text(encoding="utf-8")).get("key") == key:
-                self._say(f"kept {place}")
-                return
+        if path.is_file() and _key_of(path) == key:
+            self._say(f"kept {place}")
+            return
         start = time.perf_counter()
         cell = compute()
         seconds = time.perf_counter() - start
@@ -331,6 +331,13 @@ class _Bench:
         write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         means = ", ".join(f"{t} {row['value']:.3f}" for t, row in cell["test"].items())
         self._say(f"{place}: {means} ({seconds:.0f} s)")
+
+
+def _key_of(cell: Path) -> Any:
+    try:
+        return read_object(cell).get("key")
+    except ConfigError:  # damaged: it is computed again
+        return None
 
 
 def _rows(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import ConfigError
+from ..json_file import read_object
 from ..layers import OUTSIDE, layer_of
 
 __all__ = [
@@ -26,6 +26,21 @@ __all__ = [
 
 FORMAT, METHOD_FORMAT = "peft_himerge.report/1", "peft_himerge.adapter_merge/1"
 Format = Literal["peft_himerge.report/1", "peft_himerge.adapter_merge/1"]
+_MOST_BYTES = 1 << 28
+
+
+def _same_tasks(
+    scores: dict[str, dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """Refuse a table of scores with gaps."""
+    tasks = next(iter(scores.values()), {}).keys()
+    for state, row in scores.items():
+        if row.keys() != tasks:
+            raise ValueError(f"the state {state!r:.80} has no score of every task")
+    return scores
+
+
+Scores = Annotated[dict[str, dict[str, float]], AfterValidator(_same_tasks)]
 
 
 class _Facts(BaseModel):
@@ -160,7 +175,7 @@ class Test(_Facts):
 
     __test__ = False  # pytest takes every class of that name for tests
 
-    scores: dict[str, dict[str, float]]
+    scores: Scores
     standard_errors: dict[str, dict[str, float | None]] = {}
 
     @property
@@ -213,7 +228,7 @@ class Report(_Facts):
     seed: int | None = None
     notes: list[str] = []
     fitted: dict[str, Any] = {}
-    scores: dict[str, dict[str, float]] = {}
+    scores: Scores = {}
     standard_errors: dict[str, dict[str, float | None]] = {}
     test: Test | None = None
     metrics: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -268,15 +283,16 @@ class Report(_Facts):
 
 
 def _share_kept(scores: Mapping[str, Mapping[str, float]], state: str, task: str) -> float | None:
-    if task not in scores or "base" not in scores:
+    if not {task, state, "base"} <= scores.keys():
         return None
     base, alone = scores["base"][task], scores[task][task]
     return (scores[state][task] - base) / (alone - base) if alone > base else None
 
 
-def _place(label: str) -> tuple[bool, str, int]:
+def _place(label: str) -> tuple[bool, str, int, str]:
     head, _, number = label.rpartition(".")
-    return (label == OUTSIDE, head, int(number) if number.isdigit() else 0)
+    digits = number.lstrip("0") if number.isdigit() else ""
+    return (label == OUTSIDE, head, len(digits), digits)
 
 
 def parse_report(facts: Mapping[str, Any], where: str = "the report") -> Report:
@@ -314,10 +330,10 @@ def read_report(folder: str | Path) -> Report:
     path = Path(folder)
     path = path / "report.json" if path.is_dir() else path
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        facts = read_object(path, _MOST_BYTES)
+    except (OSError, ConfigError) as exc:
         raise ConfigError(
-            f"cannot read the report of {str(folder)!r}: {exc}. Give a folder that himerge merge "
+            f"cannot read the report of {str(folder)!r}: {exc} Give a folder that himerge merge "
             f"or result.save(folder) wrote."
         ) from exc
     return parse_report(facts, f"{str(path)!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from ..errors import ConfigError, HiMergeError
 from ..evals import load_evals
 from ..factors import Adapter
 from ..folders import check_base, load_tokenizer, read_folder, saved_modules
+from ..json_file import read_object
 from ..preview import Preview, preview
 from ..search import check_search
 from .faults import Fault, RecipeError
@@ -167,10 +167,7 @@ def _nearby(recipe: Recipe, path: str) -> str:
 
 def _base(folder: Path) -> str:
     check_base(folder)
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise ConfigError(f"{str(folder / 'config.json')!r} is no valid JSON: {exc}.") from exc
+    settings = read_object(folder / "config.json")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ConfigError(f"the base {str(folder)!r} holds no weights (*.safetensors).")
     return str((settings.get("architectures") or [settings.get("model_type")])[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError, suggest
+from ..json_file import parse_json
 from ..yaml_file import parse_yaml, read_yaml
 from .faults import Fault, RecipeError
 from .rules import check_rules, sound_parts
@@ -99,16 +99,18 @@ def _override(data: dict[str, Any], text: str) -> Fault | None:
     key, found, raw = text.partition("=")
     parts = key.split(".")
     if not found or not all(parts):
-        return Fault("", f"--set {text!r}: expected KEY=VALUE, e.g. --set options.density=0.5.")
+        return Fault(
+            "", f"--set {text!r:.200}: expected KEY=VALUE, e.g. --set options.density=0.5."
+        )
     try:
         value = _value(raw)
     except ConfigError:
-        return Fault("", f"--set {text!r}: the value is no valid YAML.")
+        return Fault("", f"--set {text!r:.200}: the value is no valid YAML.")
     place = data
     for part in parts[:-1]:
         below = place.setdefault(part, {})
         if not isinstance(below, dict):
-            return Fault("", f"--set {text!r}: {part!r} is {below!r:.80}, which has no keys.")
+            return Fault("", f"--set {text!r:.200}: {part!r} is {below!r:.80}, which has no keys.")
         place = below
     place[parts[-1]] = value
     return None
@@ -116,8 +118,8 @@ def _override(data: dict[str, Any], text: str) -> Fault | None:
 
 def _value(raw: str) -> Any:
     try:
-        return json.loads(raw)  # reads 1e-3 as a number, which YAML 1.1 does not
-    except json.JSONDecodeError:
+        return parse_json(raw)  # reads 1e-3 as a number, which YAML 1.1 does not
+    except ConfigError:
         return parse_yaml(raw)
 
 

@@ -172,7 +172,7 @@ def _typed(key: str, value: Any, hint: Any) -> Iterator[Fault]:
     except PydanticSchemaGenerationError:  # a class of ours; who takes it checks it
         return
     try:
-        if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
+        if isinstance(value, bool) and hint is not Any and bool not in (hint, *get_args(hint)):
             yield Fault(key, f"expected {_words(hint)}, got {value!r}.")
         else:
             adapter.validate_python(value)

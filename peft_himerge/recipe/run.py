@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import yaml
 from peft import PeftModel
 
 from .. import files
-from ..errors import BudgetError, ConfigError
-from ..events import AdapterSaved, Event, Listener, StateScored
+from ..budget import Budget
+from ..errors import ConfigError
+from ..events import AdapterSaved, Listener
 from ..folders import load_peft_model
 from ..hi import merge_adapters_hi
 from ..merging import AdapterMerge, merge_adapters
@@ -119,7 +119,10 @@ def _merge_hi(
     recipe = examined.recipe
     callbacks = list(listeners)
     if recipe.budget.seconds is not None:
-        callbacks.append(_Clock(recipe.budget.seconds, recipe.journal))
+        advice = "The journal has all of them: run it again to go on."
+        if recipe.journal is None:
+            advice = "Name a journal in the recipe to go on next time."
+        callbacks.append(Budget(seconds=recipe.budget.seconds, advice=advice))
     result = merge_adapters_hi(
         model,
         list(recipe.adapters),
@@ -170,28 +173,6 @@ def _wandb(recipe: Recipe) -> WandbListener:
     start |= {"mode": told.mode}
     start |= {"config": {"recipe": recipe.model_dump(exclude_defaults=True, exclude={"tracking"})}}
     return WandbListener(start={key: value for key, value in start.items() if value is not None})
-
-
-class _Clock:
-    """Ends a merge that took longer than it was allowed to."""
-
-    def __init__(self, seconds: float, journal: str | None) -> None:
-        self._seconds = seconds
-        self._journal = journal
-        self._start = time.monotonic()
-
-    def __call__(self, event: Event) -> None:
-        took = time.monotonic() - self._start
-        if isinstance(event, StateScored) and took > self._seconds:
-            kept = (
-                "The journal has all of them: run it again to go on."
-                if self._journal is not None
-                else "Name a journal in the recipe to go on next time."
-            )
-            raise BudgetError(
-                f"stopped after {took:.0f} s and {event.done} of at most {event.total} scores: "
-                f"budget.seconds is {self._seconds:g}. {kept}"
-            )
 
 
 def _keep(recipe: Recipe, out: Path, test: TestTable | None) -> None:
