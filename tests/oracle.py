@@ -97,7 +97,7 @@ def deltas(model: PeftModel, name: str) -> Deltas:
         if a.shape[0] != r:
             raise AssertionError(f"{path}: A has rank {a.shape[0]}, the config says {r}")
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        result[path] = scaling * (b.detach().double() @ a.detach().double())
+        result[path] = scaling * (b.detach().double().flatten(1) @ a.detach().double().flatten(1))
     return result
 
 
@@ -112,13 +112,15 @@ def weight_delta(module: nn.Module, delta: Tensor) -> Tensor:
     """Turn a delta (out, in) into the orientation in which ``module`` stores its weight.
 
     Linear stores (out, in); GPT-2's Conv1D stores (in, out); Embedding stores (tokens, width), that
-    is (in, out), a token being a one-hot input.
+    is (in, out), a token being a one-hot input; a convolution stores (out, in, *kernel).
     """
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     if isinstance(base, nn.Linear):
         return delta
     if isinstance(base, (Conv1D, nn.Embedding)):
         return delta.T
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return delta.reshape(base.weight.shape)
     raise TypeError(f"the oracle knows no {type(base).__name__}")
 
 

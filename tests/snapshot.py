@@ -48,7 +48,9 @@ def snapshot(model: nn.Module, *, but: str | None = None) -> dict[str, Any]:
         if name != but:
             facts[f"config {name}"] = repr(sorted(config.to_dict().items(), key=lambda kv: kv[0]))
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        if counts(path):
+        if counts(path) and parameter.is_meta:
+            facts[f"parameter {path}"] = "offloaded: a new object after every call"
+        elif counts(path):
             facts[f"parameter {path}"] = bits(parameter)
             facts[f"object {path}"] = id(parameter)
             facts[f"storage {path}"] = parameter.data_ptr()

@@ -319,7 +319,7 @@ def _fill(model: PeftModel, name: str, seed: int, init_scale: float) -> None:
         draw = _generator(seed, path)
         new_a = torch.randn(a.shape, generator=draw, dtype=torch.float64)
         new_b = torch.randn(b.shape, generator=draw, dtype=torch.float64)
-        size = module.scaling[name] * torch.linalg.norm(new_b @ new_a)
+        size = module.scaling[name] * torch.linalg.norm(new_b.flatten(1) @ new_a.flatten(1))
         new_b *= init_scale * torch.linalg.norm(base.double()) / size
         # PEFT may have cast the factors; give them the base's precision (half stays float32).
         dtype = torch.promote_types(base.dtype, torch.float32)

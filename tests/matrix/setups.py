@@ -1,0 +1,240 @@
+"""How the model of a cell comes about: a base, and two adapters on it with values of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from accelerate import dispatch_model
+from matrix import bases
+from matrix.cells import TARGETS, Cell
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+__all__ = ["SETUPS", "Made", "make"]
+
+NAMES = ("zh", "en")
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A cell's model, and the plain base that the oracle and the fresh process start from.
+
+    Attributes:
+        model: holds the adapters, in eval mode.
+        plain: the base as it was before anything was done to it.
+        dtype: in which a fresh process builds the base.
+    """
+
+    model: PeftModel
+    plain: nn.Module
+    dtype: torch.dtype
+
+
+def specs_of(cell: Cell) -> dict[str, dict[str, Any]]:
+    """Return the options of the two adapters: alpha / r is never 1 and they differ."""
+    first, second = TARGETS[cell.base]
+    return {
+        "zh": {"r": 3, "alpha": 5, "seed": 1, "target_modules": first, **cell.both},
+        "en": {"r": 2, "alpha": 3, "seed": 2, "target_modules": second, **cell.both, **cell.second},
+    }
+
+
+def make(cell: Cell, folder: Path) -> Made:
+    """Return the cell's model; `folder` is for what must lie on disk."""
+    return SETUPS[cell.setup](cell, folder)
+
+
+def _plain(cell: Cell, _: Path) -> Made:
+    dtype = getattr(torch, cell.dtype)
+    model = tiny.add_adapters(bases.build(cell.base, dtype), specs_of(cell))
+    enrich(model)
+    return Made(model, bases.build(cell.base, dtype), dtype)
+
+
+@torch.no_grad()
+def enrich(model: PeftModel) -> None:
+    """Give what is neither A nor B (biases, saved modules, token rows, magnitudes) other values."""
+    for path, p in model.named_parameters():
+        parts = path.split(".")
+        trained = {"modules_to_save", "trainable_tokens_delta", "lora_magnitude_vector"} & set(
+            parts
+        )
+        if trained or path.endswith(".bias") and "lora_B" in parts:
+            noise = torch.randn(p.shape, generator=bases.drawn(path), dtype=torch.float64)
+            p.copy_(p + 0.2 * noise * (p.double().std() if trained and p.numel() > 1 else 1.0))
+
+
+def _converted(cell: Cell, folder: Path) -> Made:
+    """Adapters whose start changed the base, saved as plain ones of the original base."""
+    for name, spec in specs_of(cell).items():
+        config = LoraConfig(
+            r=spec["r"],
+            lora_alpha=spec["alpha"],
+            target_modules=spec["target_modules"],
+            init_lora_weights=spec["init_lora_weights"],
+        )
+        model = get_peft_model(bases.build(cell.base), config, adapter_name=name)
+        model.peft_config[name].init_lora_weights = True  # PEFT asks for it
+        model.save_pretrained(folder / "start")
+        model.peft_config[name].init_lora_weights = spec["init_lora_weights"]
+        train(model, name)
+        start = folder / "start" / name
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+    loaded = PeftModel.from_pretrained(bases.build(cell.base), folder / "zh", "zh")
+    loaded.load_adapter(folder / "en", "en")
+    return Made(loaded.eval(), bases.build(cell.base), torch.float32)
+
+
+@torch.no_grad()
+def train(model: PeftModel, name: str) -> None:
+    """Move an adapter's factors by a fifth."""
+    for path, p in model.named_parameters():
+        if f".{name}." in path:
+            noise = torch.randn(p.shape, generator=bases.drawn(path))
+            p.add_(noise * 0.2 * p.std())
+
+
+def _odd(cell: Cell, folder: Path) -> Made:
+    """Modules whose factors do not chain to one delta."""
+    model: PeftModel | None = None
+    for name, spec in specs_of(cell).items():
+        options = {k: v for k, v in spec.items() if k not in ("alpha", "seed")}
+        config = LoraConfig(lora_alpha=spec["alpha"], init_lora_weights=False, **options)
+        if model is None:
+            model = get_peft_model(bases.build(cell.base), config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    assert model is not None
+    return Made(model.eval(), bases.build(cell.base), torch.float32)
+
+
+def _biases(cell: Cell, folder: Path) -> Made:
+    """Trained biases: PEFT allows them in the first adapter alone."""
+    specs = specs_of(cell)
+    specs["zh"]["bias"] = "all"
+    model = tiny.add_adapters(bases.build(cell.base), specs)
+    return Made(model, bases.build(cell.base), torch.float32)
+
+
+def _replicated(cell: Cell, folder: Path) -> Made:
+    specs = specs_of(cell)
+    specs["zh"]["layer_replication"] = [[0, 3], [1, 4]]
+    model = tiny.add_adapters(bases.build(cell.base), specs)
+    return Made(model, bases.build(cell.base), torch.float32)
+
+
+def _other_type(cell: Cell, folder: Path) -> Made:
+    kind = cell.both["type"]
+    shape: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+    if kind.endswith("TUNING"):
+        shape = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}
+        if kind == "P_TUNING":
+            shape["encoder_hidden_size"] = 8
+    elif kind == "ADALORA":
+        shape["total_step"] = 10
+    elif kind == "IA3":
+        shape["feedforward_modules"] = []
+    elif kind == "OFT":
+        shape |= {"oft_block_size": 4, "r": 0}
+    elif kind == "SHIRA":
+        shape["r"] = 2
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    model = get_peft_model(bases.build(cell.base), cls(**shape), adapter_name="zh")
+    model.add_adapter("en", cls(**shape, inference_mode=True))
+    return Made(model.eval(), bases.build(cell.base), torch.float32)
+
+
+def _narrow(cell: Cell, folder: Path) -> Made:
+    made = _plain(cell, folder)
+    for path, p in made.model.named_parameters():
+        if "lora_" in path:
+            p.data = p.data.to(torch.bfloat16)
+    return made
+
+
+def _offloaded(cell: Cell, folder: Path) -> Made:
+    """Two blocks live on disk, in and out of memory by accelerate's hooks."""
+    made = _plain(cell, folder)
+    inner = made.model.base_model.model
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
+    dispatch_model(inner, places, main_device="cpu", offload_dir=folder / "offloaded", force_hooks=True)
+    return made
+
+
+def _kbit(cell: Cell, folder: Path) -> Made:
+    base = prepare_model_for_kbit_training(bases.build(cell.base))
+    model = tiny.add_adapters(base, specs_of(cell))
+    return Made(model, bases.build(cell.base), torch.float32)
+
+
+def _compiled_in_place(cell: Cell, folder: Path) -> Made:
+    made = _plain(cell, folder)
+    made.model.compile(backend="eager")
+    made.model(**bases.inputs(cell.base, "zh"))
+    return made
+
+
+def _compiled(cell: Cell, folder: Path) -> Made:
+    made = _plain(cell, folder)
+    return replace(made, model=torch.compile(made.model, backend="eager"))
+
+
+def _compiled_base(cell: Cell, folder: Path) -> Made:
+    base = torch.compile(bases.build(cell.base), backend="eager")
+    return Made(tiny.add_adapters(base, specs_of(cell)), bases.build(cell.base), torch.float32)
+
+
+def _wrapped_twice(cell: Cell, folder: Path) -> Made:
+    specs = specs_of(cell)
+    once = tiny.add_adapters(bases.build(cell.base), {"zh": specs["zh"]})
+    twice = get_peft_model(once, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="en")
+    return Made(twice.eval(), bases.build(cell.base), torch.float32)
+
+
+def _merged(cell: Cell, folder: Path) -> Made:
+    made = _plain(cell, folder)
+    made.model.merge_adapter(["zh"])
+    return made
+
+
+def _meta(cell: Cell, folder: Path) -> Made:
+    """As after load_adapter(low_cpu_mem_usage=True) of a file that lacks some weights."""
+    made = _plain(cell, folder)
+    for module in made.model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_A["en"].to("meta")
+    return made
+
+
+SETUPS: Mapping[str, Callable[[Cell, Path], Made]] = {
+    "plain": _plain,
+    "converted": _converted,
+    "odd": _odd,
+    "biases": _biases,
+    "replicated": _replicated,
+    "other type": _other_type,
+    "narrow adapters": _narrow,
+    "offloaded": _offloaded,
+    "kbit": _kbit,
+    "compiled in place": _compiled_in_place,
+    "compiled": _compiled,
+    "compiled base": _compiled_base,
+    "wrapped twice": _wrapped_twice,
+    "merged": _merged,
+    "meta": _meta,
+}

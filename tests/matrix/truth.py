@@ -1,0 +1,100 @@
+"""What a merged model must say: a float64 base with dense merged deltas; no code of the library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import oracle
+import torch
+from matrix import bases
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+
+__all__ = ["add_carried", "of_plan", "weighted_sum", "wide", "with_deltas"]
+
+
+def weighted_sum(model: PeftModel, weights: Mapping[str, float]) -> oracle.Deltas:
+    """Return sum_m w_m * delta_m, dense, per module."""
+    table = {
+        name: {m: weight * d for m, d in oracle.deltas(model, name).items()}
+        for name, weight in weights.items()
+    }
+    return oracle.plain_sum(table)
+
+
+def of_plan(model: PeftModel, plan: Any) -> oracle.Deltas:
+    """Return the merged deltas that a plan's numbers stand for, with thresholds of our own."""
+    table = {}
+    for name, whole in plan.adapters.items():
+        one = oracle.deltas(model, name)
+        one = oracle.prune_and_scale(one, whole.density, whole.scale, plan.prune_scope)
+        for layer, row in plan.edits.items():
+            edit = row.get(name)
+            if edit is not None and (edit.density, edit.scale) != (1.0, 1.0):
+                one = oracle.prune_layer_again(one, layer, edit.density, edit.scale)
+        table[name] = one
+    return oracle.plain_sum(table)
+
+
+def wide(base: str, plain: nn.Module) -> nn.Module:
+    """Return a float64 twin of a plain base: the same numbers, as the base's dtype rounds them."""
+    twin = bases.build(base, torch.float64)
+    twin.load_state_dict({k: v.double() for k, v in plain.state_dict().items()})
+    return twin
+
+
+def with_deltas(twin: nn.Module, deltas: oracle.Deltas) -> nn.Module:
+    """Add the deltas to a float64 model; a weight tied to a changed one keeps its value."""
+    for path, delta in deltas.items():
+        module = twin.get_submodule(path)
+        moved = module.weight.detach() + oracle.weight_delta(module, delta)
+        module.weight = nn.Parameter(moved, requires_grad=False)
+    return twin
+
+
+@torch.no_grad()
+def add_carried(model: PeftModel, twin: nn.Module, weights: Mapping[str, float]) -> None:
+    """Put biases behind B (summed), saved modules (the one there is) and token rows into `twin`."""
+    for path, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            _add_bias(layer, twin.get_submodule(path), weights)
+        elif isinstance(layer, ModulesToSaveWrapper):
+            held = [layer.modules_to_save[n] for n in weights if n in layer.modules_to_save]
+            if held:
+                (only,) = held
+                twin.set_submodule(path, _double(only))
+        elif isinstance(layer, TrainableTokensWrapper):
+            _add_rows(layer.token_adapter, twin.get_submodule(path), weights)
+
+
+def _double(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module).double()
+
+
+def _add_bias(layer: LoraLayer, module: nn.Module, weights: Mapping[str, float]) -> None:
+    config_bias = [n for n in weights if layer.lora_bias.get(n)]
+    for name in config_bias:
+        added = weights[name] * layer.scaling[name] * layer.lora_B[name].bias.double()
+        old = 0.0 if module.bias is None else module.bias
+        module.bias = nn.Parameter(old + added, requires_grad=False)
+
+
+def _add_rows(layer: Any, module: nn.Module, weights: Mapping[str, float]) -> None:
+    rows = module.weight.detach().clone()
+    for name, weight in weights.items():
+        for place, row in zip(
+            layer.token_indices.get(name, ()),
+            layer.trainable_tokens_delta[name].double() if name in layer.token_indices else (),
+            strict=True,
+        ):
+            rows[place] += weight * (row - module.weight[place])
+    module.weight.copy_(rows)  # in place: a head tied to the embedding follows
+
+
+assert math  # placeholder

@@ -1,0 +1,125 @@
+"""Every cell of the matrix: merged, saved and read by a fresh process, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matrix import bases, reload, setups, truth
+from matrix.cells import MERGED, WAYS, Cell, Refused, cells
+from peft import PeftModel
+from snapshot import moved, snapshot
+from torch import Tensor
+
+from peft_himerge import HiMergeConfig, HiMergeError, add_weighted_adapter, merge_adapters_hi
+
+WEIGHTS = {"zh": 0.7, "en": -0.4}
+# Largest error that a forward in this dtype may have, as a share of the largest output.
+TOLERANCE = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2}
+Eval = Callable[[Any], Tensor]
+
+
+def eval_fns(base: str, dtype: torch.dtype) -> dict[str, Eval]:
+    """Cheap and smooth: minus the squared distance of the outputs to random targets."""
+
+    def score(name: str) -> Eval:
+        batch = bases.inputs(base, name, dtype)
+
+        def fn(model: Any) -> Tensor:
+            said = bases.outputs(model, batch)
+            target = torch.randn(said.shape, generator=bases.drawn(name), dtype=torch.float64)
+            return -(said - target).pow(2).flatten(1).mean(1)
+
+        return fn
+
+    return {name: score(name) for name in WEIGHTS}
+
+
+def by_drop_in(model: PeftModel, cell: Cell, dtype: torch.dtype, folder: Path) -> Any:
+    result = add_weighted_adapter(
+        model,
+        list(WEIGHTS),
+        list(WEIGHTS.values()),
+        "made",
+        combination_type="linear",
+        svd_rank=8,
+        modules_to_save=cell.policy,
+    )
+    result.save(folder)
+    return truth.weighted_sum(model, WEIGHTS)
+
+
+def by_hi(model: PeftModel, cell: Cell, dtype: torch.dtype, folder: Path) -> Any:
+    config = HiMergeConfig(density=0.6, scale=0.9, rank="exact", max_export_drop=None)
+    fns = eval_fns(cell.base, dtype)
+    result = merge_adapters_hi(model, list(WEIGHTS), fns, adapter_name="made", config=config)
+    result.save(folder, page=False)
+    return truth.of_plan(model, result.plan)
+
+
+MERGERS = dict(zip(WAYS, (by_drop_in, by_hi), strict=True))
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[Callable[[dict[str, Any]], dict[str, Tensor]]]:
+    """A process that never merged anything, and reads one saved folder after the other."""
+    command = [sys.executable, reload.__file__]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as worker:
+
+        def read(job: dict[str, Any]) -> dict[str, Tensor]:
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            print(json.dumps(job), file=worker.stdin, flush=True)
+            assert worker.stdout.readline() == "done\n"
+            said: dict[str, Tensor] = torch.load(Path(job["folder"]) / "said.pt")
+            return said
+
+        yield read
+    assert worker.returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: cell.id)
+def test_cell(
+    cell: Cell,
+    way: str,
+    tmp_path: Path,
+    elsewhere: Callable[[dict[str, Any]], dict[str, Tensor]],
+    record_property: Callable[[str, object], None],
+) -> None:
+    if cell.needs:
+        pytest.importorskip(cell.needs)
+    outcome = cell.outcome(way)
+    record_property("matrix", (cell.group, cell.label, way, str(outcome)))
+    made = setups.make(cell, tmp_path)
+    before = snapshot(made.model)
+    if isinstance(outcome, Refused):
+        with pytest.raises(HiMergeError) as raised:
+            MERGERS[way](made.model, cell, made.dtype, tmp_path / "made")
+        assert outcome.names in str(raised.value)
+        assert outcome.fix in str(raised.value)
+        assert moved(before, snapshot(made.model)) == []
+        assert not (tmp_path / "made").exists()
+        return
+    assert outcome == MERGED
+    deltas = MERGERS[way](made.model, cell, made.dtype, tmp_path / "made")
+    assert moved(before, snapshot(made.model, but="made")) == []
+    base = truth.wide(cell.base, made.plain)
+    plain = {t: bases.outputs(base, bases.inputs(cell.base, t, torch.float64)) for t in WEIGHTS}
+    merged = truth.with_deltas(base, deltas)
+    truth.add_carried(made.model, merged, WEIGHTS)
+    job = {"base": cell.base, "dtype": str(made.dtype).removeprefix("torch.")}
+    got = elsewhere(job | {"tasks": list(WEIGHTS), "folder": str(tmp_path / "made")})
+    for task in WEIGHTS:
+        want = bases.outputs(merged, bases.inputs(cell.base, task, torch.float64))
+        limit = TOLERANCE[cell.dtype] * float(want.abs().max())
+        assert float((got[task] - want).abs().max()) < limit
+        assert float((plain[task] - want).abs().max()) > 5 * limit
