@@ -12,14 +12,12 @@ elements):
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
@@ -34,6 +32,7 @@ from .combine import Combiner, DeltaLike, Term, add_to_weight
 from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
 from .plan import MergePlan
+from .randomness import held, put_back
 from .scoring import Score, Task, read_score
 from .threads import one_core, spread
 
@@ -41,19 +40,7 @@ __all__ = ["Probe", "Strategy", "preserved"]
 
 Strategy = Literal["auto", "fold", "lazy"]
 _What = tuple[Term, ...] | DeltaLike
-
-
-def _rng_state() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_rng_state(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3]:
-        torch.cuda.set_rng_state_all(state[3])
+_CLASS_SAYS = object()  # an attribute that the object itself does not have
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,8 @@ class _Snapshot:
                 active = module._active_adapter
                 copied = active if isinstance(active, str) else list(active)
                 attributes.append((module, "_active_adapter", copied))
-                attributes.append((module, "_disable_adapters", module._disable_adapters))
+                own = vars(module).get("_disable_adapters", _CLASS_SAYS)
+                attributes.append((module, "_disable_adapters", own))
             if "gradient_checkpointing" in vars(module):
                 flag = module.gradient_checkpointing
                 attributes.append((module, "gradient_checkpointing", flag))
@@ -86,7 +74,7 @@ class _Snapshot:
             if owner is not None and hasattr(owner, "use_cache"):
                 attributes.append((owner, "use_cache", owner.use_cache))
         return cls(
-            _rng_state(),
+            held(),
             torch.is_grad_enabled(),
             tuple((m, m.training) for m in model.modules()),
             tuple((p, p.requires_grad) for p in model.parameters()),
@@ -99,9 +87,12 @@ class _Snapshot:
         for parameter, flag in self.requires_grad:
             parameter.requires_grad = flag
         for owner, name, value in self.attributes:
-            setattr(owner, name, value)
+            if value is _CLASS_SAYS:
+                vars(owner).pop(name, None)
+            else:
+                setattr(owner, name, value)
         torch.set_grad_enabled(self.grad_enabled)
-        _set_rng_state(self.rng)
+        put_back(self.rng)
 
 
 @contextmanager
@@ -112,6 +103,13 @@ def preserved(model: PeftModel) -> Iterator[None]:
         yield
     finally:
         snapshot.restore()
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[object]:
+    """Run compiled modules as they are written: compiled code need not see swaps and hooks."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 class Probe:
@@ -369,9 +367,9 @@ class Probe:
         """
         assert self._snapshot is not None, "call() outside the context"
         self._settle()
-        _set_rng_state(self._snapshot.rng)
+        put_back(self._snapshot.rng)
         before = self._versions()
-        with torch.no_grad(), self.blocks.scoring(task.name, self._block_state):
+        with torch.no_grad(), _eager(self.model), self.blocks.scoring(task.name, self._block_state):
             try:
                 raw = task.fn(self.model)
             except HiMergeError:

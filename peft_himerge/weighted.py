@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraModel
 
-from .adapters import check_config
+from .adapters import check_config, check_model
 from .byhi import HI, merge_by_hi
 from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
@@ -165,12 +165,9 @@ def add_weighted_adapter(
 
 def _owner(model: Any) -> PeftModel:
     """Return a PeftModel around a bare LoraModel, so that one code path serves both."""
-    if isinstance(model, PeftModel):
-        return model
     if not isinstance(model, LoraModel):
-        raise AdapterError(
-            f"model must be a peft.PeftModel with the adapters loaded, got {type(model).__name__}."
-        )
+        check_model(model)
+        return model  # type: ignore[no-any-return]
     shell = PeftModel.__new__(PeftModel)
     torch.nn.Module.__init__(shell)
     shell.peft_type = PeftType.LORA

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from matrix import bases, reload, setups, truth
 from matrix.cells import MERGED, WAYS, Cell, Refused, cells
-from peft import PeftModel
 from snapshot import moved, snapshot
 from torch import Tensor
 
@@ -41,9 +41,9 @@ def eval_fns(base: str, dtype: torch.dtype) -> dict[str, Eval]:
     return {name: score(name) for name in WEIGHTS}
 
 
-def by_drop_in(model: PeftModel, cell: Cell, dtype: torch.dtype, folder: Path) -> Any:
+def by_drop_in(made: setups.Made, cell: Cell, folder: Path) -> oracle.Deltas:
     result = add_weighted_adapter(
-        model,
+        made.model,
         list(WEIGHTS),
         list(WEIGHTS.values()),
         "made",
@@ -52,15 +52,17 @@ def by_drop_in(model: PeftModel, cell: Cell, dtype: torch.dtype, folder: Path) -
         modules_to_save=cell.policy,
     )
     result.save(folder)
-    return truth.weighted_sum(model, WEIGHTS)
+    return truth.weighted_sum(made.source or made.model, WEIGHTS)
 
 
-def by_hi(model: PeftModel, cell: Cell, dtype: torch.dtype, folder: Path) -> Any:
+def by_hi(made: setups.Made, cell: Cell, folder: Path) -> oracle.Deltas:
     config = HiMergeConfig(density=0.6, scale=0.9, rank="exact", max_export_drop=None)
-    fns = eval_fns(cell.base, dtype)
-    result = merge_adapters_hi(model, list(WEIGHTS), fns, adapter_name="made", config=config)
+    fns = eval_fns(cell.base, made.dtype)
+    result = merge_adapters_hi(
+        made.model, list(WEIGHTS), fns, adapter_name="made", config=config
+    )
     result.save(folder, page=False)
-    return truth.of_plan(model, result.plan)
+    return truth.of_plan(made.source or made.model, result.plan)
 
 
 MERGERS = dict(zip(WAYS, (by_drop_in, by_hi), strict=True))
@@ -103,23 +105,23 @@ def test_cell(
     before = snapshot(made.model)
     if isinstance(outcome, Refused):
         with pytest.raises(HiMergeError) as raised:
-            MERGERS[way](made.model, cell, made.dtype, tmp_path / "made")
+            MERGERS[way](made, cell, tmp_path / "made")
         assert outcome.names in str(raised.value)
         assert outcome.fix in str(raised.value)
         assert moved(before, snapshot(made.model)) == []
         assert not (tmp_path / "made").exists()
         return
     assert outcome == MERGED
-    deltas = MERGERS[way](made.model, cell, made.dtype, tmp_path / "made")
+    deltas = MERGERS[way](made, cell, tmp_path / "made")
     assert moved(before, snapshot(made.model, but="made")) == []
     base = truth.wide(cell.base, made.plain)
     plain = {t: bases.outputs(base, bases.inputs(cell.base, t, torch.float64)) for t in WEIGHTS}
     merged = truth.with_deltas(base, deltas)
-    truth.add_carried(made.model, merged, WEIGHTS)
+    truth.add_carried(made.model, merged, WEIGHTS, cell.policy)
     job = {"base": cell.base, "dtype": str(made.dtype).removeprefix("torch.")}
     got = elsewhere(job | {"tasks": list(WEIGHTS), "folder": str(tmp_path / "made")})
     for task in WEIGHTS:
         want = bases.outputs(merged, bases.inputs(cell.base, task, torch.float64))
-        limit = TOLERANCE[cell.dtype] * float(want.abs().max())
+        limit = TOLERANCE[cell.precision or cell.dtype] * float(want.abs().max())
         assert float((got[task] - want).abs().max()) < limit
         assert float((plain[task] - want).abs().max()) > 5 * limit

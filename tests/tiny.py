@@ -96,6 +96,7 @@ def _build(
 ) -> PreTrainedModel:
     """Build, redraw every parameter from a seed of its own name, cast, and switch to eval mode."""
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some biases of Mamba are drawn
         model = cls(config)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=_generator(seed, name), dtype=torch.float64)

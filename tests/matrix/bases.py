@@ -12,6 +12,7 @@ from typing import Any
 import tiny
 import torch
 import transformers as tf
+from peft.tuners.tuners_utils import replicate_layers
 from torch import Tensor, nn
 
 _TEXT: dict[str, Any] = {
@@ -218,6 +219,10 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         return tiny.tiny_model(name, dtype=dtype)
     if name == "stages":
         return _stages(dtype)
+    if name == "llama, replicated":
+        model = tiny.tiny_llama(dtype=dtype)
+        replicate_layers(model, [(0, 3), (1, 4)])
+        return model
     plain = name == "mixtral, plain experts"
     cls, config = _MORE["mixtral" if plain else name]()
     model = tiny._build(cls, config, dtype, 0)

@@ -42,6 +42,7 @@ class Cell:
         policy: the drop-in's modules_to_save.
         add: what comes of `add_weighted_adapter`.
         hi: what comes of `merge_adapters_hi`.
+        precision: dtype that bounds the error; "" is `dtype`.
         needs: package without which the cell is skipped.
     """
 
@@ -55,6 +56,7 @@ class Cell:
     policy: str = "sole"
     add: Outcome = MERGED
     hi: Outcome = MERGED
+    precision: str = ""
     needs: str = ""
 
     @property
@@ -86,6 +88,7 @@ TARGETS: Mapping[str, tuple[list[str], list[str]]] = MappingProxyType(
         "whisper": (["q_proj", "v_proj"], ["q_proj", "fc1"]),
         "mamba": (["in_proj", "x_proj"], ["in_proj"]),
         "mixtral, plain experts": (["q_proj", "gate_up.0", "gate_up.2"], ["gate_up.0", "down.1"]),
+        "llama, replicated": (["q_proj", "v_proj", "down_proj"], ["q_proj", "v_proj"]),
         "stages": (["stages.1", "stages.7"], ["stages.1"]),
     }
 )
@@ -128,42 +131,113 @@ def _modules() -> list[Cell]:
     ]
 
 
-TODO = Refused("?", "?")
+def refused(names: str, fix: str) -> dict[str, Outcome]:
+    """Return the outcome of a kind that neither way takes."""
+    return {"add": Refused(names, fix), "hi": Refused(names, fix)}
 
 
 def _adapters() -> list[Cell]:
     group = "adapter"
     halves = {"target_modules": r".*\.[02]\.self_attn\.(q|v)_proj"}
-    head, rows = {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5, 8]}
+    ranks = {"rank_pattern": {"v_proj": 5, "layers.1.mlp.up_proj": 1}}
+    one_less = {"exclude_modules": ["model.layers.1.self_attn.q_proj"]}
+    pissa, olora = {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}
     return [
         Cell(group, "rsLoRA", both={"rslora": True}),
-        Cell(group, "rank_pattern", second={"rank_pattern": {"v_proj": 5, "layers.1.mlp.up_proj": 1}}),
+        Cell(group, "rank_pattern", second=ranks),
         Cell(group, "alpha_pattern", second={"alpha_pattern": {"v_proj": 7}}),
         Cell(group, "layers_to_transform", second={"layers_to_transform": [1, 3]}),
-        Cell(group, "exclude_modules", second={"exclude_modules": ["model.layers.1.self_attn.q_proj"]}),
-        Cell(group, "regex as target_modules", second=halves),
-        Cell(group, "all-linear", second={"target_modules": "all-linear"}),
-        Cell(group, "no module in common", both={}, second={"target_modules": ["o_proj"]}),
-        Cell(group, "lora_bias", both={"lora_bias": True}, hi=TODO),
-        Cell(group, "modules_to_save in one adapter", second=head, hi=TODO),
-        Cell(group, "modules_to_save in both", both=head, policy="average", hi=TODO),
-        Cell(group, "trained token rows", both=rows, hi=TODO),
-        Cell(group, "PiSSA, converted", both={"init_lora_weights": "pissa"}, setup="converted"),
-        Cell(group, "OLoRA, converted", both={"init_lora_weights": "olora"}, setup="converted"),
-        Cell(group, "PiSSA", both={"init_lora_weights": "pissa"}, add=TODO, hi=TODO),
-        Cell(group, "DoRA", both={"use_dora": True}, add=TODO, hi=TODO),
-        Cell(group, "MiCA", both={"init_lora_weights": "mica"}, add=TODO, hi=TODO),
-        Cell(group, "trained biases", "qwen2", setup="biases", add=TODO, hi=TODO),
-        Cell(group, "target_parameters", "mixtral", both={"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}, setup="odd", add=TODO, hi=TODO),
-        Cell(group, "layer_replication", setup="replicated", add=TODO, hi=TODO),
-        Cell(group, "grouped convolution", "stages", both={"r": 3, **_stage(5)}, setup="odd", add=TODO, hi=TODO),
-        Cell(group, "nn.MultiheadAttention", "stages", both=_stage(6), setup="odd", add=TODO, hi=TODO),
+        Cell(group, "exclude_modules", second=one_less),
+        Cell(group, "target_modules as a regex", second=halves),
+        Cell(group, "target_modules='all-linear'", second={"target_modules": "all-linear"}),
+        Cell(group, "no module in common", second={"target_modules": ["o_proj"]}),
+        Cell(group, "PiSSA, converted", both=pissa, setup="converted"),
+        Cell(group, "OLoRA, converted", both=olora, setup="converted"),
+        Cell(group, "MiCA", both={"init_lora_weights": "mica"}),
+        Cell(group, "layer_replication, of the base", "llama, replicated"),
+    ]
+
+
+def _more_than_factors() -> list[Cell]:
+    group = "adapter"
+    head, rows = {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5, 8]}
+    way_out = "merge_adapters(method='cat', modules_to_save='sole')"
+    calls = {"alora_invocation_tokens": [5]}
+
+    def hi(names: str) -> dict[str, Any]:
+        return {"hi": Refused(names, way_out)}
+
+    return [
+        Cell(group, "lora_bias", both={"lora_bias": True}, **hi("lora_bias=True")),
+        Cell(group, "modules_to_save", second=head, **hi("modules_to_save=['lm_head']")),
+        Cell(
+            group,
+            "modules_to_save in both",
+            both=head,
+            policy="average",
+            **hi("modules_to_save=['lm_head']"),
+        ),
+        Cell(group, "trained token rows", both=rows, **hi("trainable_token_indices")),
+        Cell(group, "activated LoRA", both=calls, **hi("alora_invocation_tokens")),
+    ]
+
+
+def _refused() -> list[Cell]:
+    group = "adapter"
+    pissa = {"init_lora_weights": "pissa"}
+    fused = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+    params = Refused("nn.Parameter", "Target nn.Linear modules")
+    return [
+        Cell(
+            group,
+            "PiSSA, OLoRA and the like, not converted",
+            both=pissa,
+            **refused("init_lora_weights='pissa'", "path_initial_model_for_weight_conversion"),
+        ),
+        Cell(group, "DoRA", both={"use_dora": True}, **refused("Dora", "use_dora=False")),
+        Cell(group, "trained biases", setup="biases", **refused("bias='all'", "bias='none'")),
+        Cell(
+            group,
+            "target_parameters",
+            "mixtral",
+            both=fused,
+            setup="odd",
+            add=params,
+            hi=Refused("target_parameters", "target nn.Linear modules"),
+        ),
+        Cell(
+            group,
+            "layer_replication, of the adapter",
+            setup="replicated",
+            **refused("layer_replication=", "peft.tuners.tuners_utils.replicate_layers"),
+        ),
+        Cell(
+            group,
+            "grouped convolution",
+            "stages",
+            both={"r": 3, **_stage(5)},
+            setup="odd",
+            **refused("grouped convolutions", "leave the module out of target_modules"),
+        ),
+        Cell(
+            group,
+            "nn.MultiheadAttention",
+            "stages",
+            both=_stage(6),
+            setup="odd",
+            **refused("MultiheadAttention", "target nn.Linear modules"),
+        ),
     ]
 
 
 def _types() -> list[Cell]:
-    kinds = ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "SHIRA")
-    return [Cell("PEFT type", kind, setup="other type", both={"type": kind}, add=TODO, hi=TODO) for kind in kinds]
+    deltas = ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "SHIRA")
+    tokens = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+    advice = dict.fromkeys(deltas, "convert_to_lora") | dict.fromkeys(tokens, "train a LoRA adapter")
+    return [
+        Cell("PEFT type", kind, setup="other type", both={"type": kind}, **refused(kind, fix))
+        for kind, fix in advice.items()
+    ]
 
 
 def _dtypes() -> list[Cell]:
@@ -171,25 +245,48 @@ def _dtypes() -> list[Cell]:
         Cell("dtype", "float32"),
         Cell("dtype", "bfloat16", dtype="bfloat16"),
         Cell("dtype", "float16", dtype="float16"),
-        Cell("dtype", "bfloat16 adapters", setup="narrow adapters"),
+        Cell("dtype", "bfloat16 adapters", setup="narrow adapters", precision="bfloat16"),
     ]
 
 
 def _states() -> list[Cell]:
-    group = "state of the model"
+    group = "model"
     return [
         Cell(group, "offloaded to CPU and disk", setup="offloaded"),
         Cell(group, "prepare_model_for_kbit_training", setup="kbit"),
         Cell(group, "compiled in place", setup="compiled in place"),
-        Cell(group, "compiled", setup="compiled", add=TODO, hi=TODO),
-        Cell(group, "compiled base", setup="compiled base", add=TODO, hi=TODO),
-        Cell(group, "wrapped twice", setup="wrapped twice", add=TODO, hi=TODO),
-        Cell(group, "merged into the weights", setup="merged", add=TODO, hi=TODO),
-        Cell(group, "adapters on the meta device", setup="meta", add=TODO, hi=TODO),
+        Cell(
+            group, "compiled", setup="compiled", **refused("OptimizedModule", "pass model._orig_mod")
+        ),
+        Cell(
+            group,
+            "base compiled before get_peft_model",
+            setup="compiled base",
+            **refused("is compiled", "Put its _orig_mod in its place"),
+        ),
+        Cell(
+            group,
+            "wrapped twice",
+            setup="wrapped twice",
+            **refused("wrapped twice by get_peft_model", "model.add_adapter(name, config)"),
+        ),
+        Cell(
+            group,
+            "adapters merged into the weights",
+            setup="merged",
+            **refused("merged into its weight", "model.unmerge_adapter()"),
+        ),
+        Cell(
+            group,
+            "adapters without weights (meta device)",
+            setup="meta",
+            **refused("on the meta device", "low_cpu_mem_usage=False"),
+        ),
     ]
 
 
 def cells() -> tuple[Cell, ...]:
     """Return every cell, in the order of the README."""
     bases = [Cell("base", label, base) for label, base in _BASES.items()]
-    return (*bases, *_modules(), *_adapters(), *_types(), *_dtypes(), *_states())
+    adapters = [*_adapters(), *_more_than_factors(), *_refused()]
+    return (*bases, *_modules(), *adapters, *_types(), *_dtypes(), *_states())

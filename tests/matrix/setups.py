@@ -36,11 +36,13 @@ class Made:
         model: holds the adapters, in eval mode.
         plain: the base as it was before anything was done to it.
         dtype: in which a fresh process builds the base.
+        source: where the oracle reads the adapters; None is `model`.
     """
 
     model: PeftModel
     plain: nn.Module
     dtype: torch.dtype
+    source: PeftModel | None = None
 
 
 def specs_of(cell: Cell) -> dict[str, dict[str, Any]]:
@@ -86,13 +88,13 @@ def _converted(cell: Cell, folder: Path) -> Made:
             target_modules=spec["target_modules"],
             init_lora_weights=spec["init_lora_weights"],
         )
-        model = get_peft_model(bases.build(cell.base), config, adapter_name=name)
-        model.peft_config[name].init_lora_weights = True  # PEFT asks for it
-        model.save_pretrained(folder / "start")
-        model.peft_config[name].init_lora_weights = spec["init_lora_weights"]
-        train(model, name)
-        start = folder / "start" / name
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+        model = get_peft_model(bases.build(cell.base), config)
+        model.peft_config["default"].init_lora_weights = True  # PEFT asks for it
+        model.save_pretrained(folder / name / "start")
+        model.peft_config["default"].init_lora_weights = spec["init_lora_weights"]
+        train(model, "default")
+        start = folder / name / "start"
+        model.save_pretrained(folder / name, path_initial_model_for_weight_conversion=str(start))
     loaded = PeftModel.from_pretrained(bases.build(cell.base), folder / "zh", "zh")
     loaded.load_adapter(folder / "en", "en")
     return Made(loaded.eval(), bases.build(cell.base), torch.float32)
@@ -166,14 +168,14 @@ def _narrow(cell: Cell, folder: Path) -> Made:
 
 
 def _offloaded(cell: Cell, folder: Path) -> Made:
-    """Two blocks live on disk, in and out of memory by accelerate's hooks."""
+    """Two blocks live on disk, in and out of memory by accelerate's hooks; so do their factors."""
     made = _plain(cell, folder)
-    inner = made.model.base_model.model
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    places |= {"lm_head": "cpu"}
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(parts, "cpu")
     places |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
-    dispatch_model(inner, places, main_device="cpu", offload_dir=folder / "offloaded", force_hooks=True)
-    return made
+    inner = made.model.base_model.model
+    dispatch_model(inner, places, main_device="cpu", offload_dir=folder / "disk", force_hooks=True)
+    return replace(made, source=_plain(cell, folder).model)
 
 
 def _kbit(cell: Cell, folder: Path) -> Made:
@@ -216,8 +218,8 @@ def _meta(cell: Cell, folder: Path) -> Made:
     """As after load_adapter(low_cpu_mem_usage=True) of a file that lacks some weights."""
     made = _plain(cell, folder)
     for module in made.model.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_A["en"].to("meta")
+        if isinstance(module, LoraLayer) and "zh" in module.lora_A:
+            module.lora_A["zh"].to("meta")
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,44 +56,41 @@ def with_deltas(twin: nn.Module, deltas: oracle.Deltas) -> nn.Module:
 
 
 @torch.no_grad()
-def add_carried(model: PeftModel, twin: nn.Module, weights: Mapping[str, float]) -> None:
-    """Put biases behind B (summed), saved modules (the one there is) and token rows into `twin`."""
+def add_carried(
+    model: PeftModel, twin: nn.Module, weights: Mapping[str, float], policy: str
+) -> None:
+    """Put biases behind B (summed), saved modules (by policy) and token rows into `twin`."""
     for path, layer in model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer):
             _add_bias(layer, twin.get_submodule(path), weights)
         elif isinstance(layer, ModulesToSaveWrapper):
-            held = [layer.modules_to_save[n] for n in weights if n in layer.modules_to_save]
-            if held:
-                (only,) = held
-                twin.set_submodule(path, _double(only))
+            _add_saved(layer.modules_to_save, twin.get_submodule(path), weights, policy)
         elif isinstance(layer, TrainableTokensWrapper):
             _add_rows(layer.token_adapter, twin.get_submodule(path), weights)
 
 
-def _double(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module).double()
-
-
 def _add_bias(layer: LoraLayer, module: nn.Module, weights: Mapping[str, float]) -> None:
-    config_bias = [n for n in weights if layer.lora_bias.get(n)]
-    for name in config_bias:
-        added = weights[name] * layer.scaling[name] * layer.lora_B[name].bias.double()
-        old = 0.0 if module.bias is None else module.bias
-        module.bias = nn.Parameter(old + added, requires_grad=False)
+    for name in weights:
+        if layer.lora_bias.get(name):
+            added = weights[name] * layer.scaling[name] * layer.lora_B[name].bias.double()
+            old = 0.0 if module.bias is None else module.bias
+            module.bias = nn.Parameter(old + added, requires_grad=False)
+
+
+def _add_saved(held: Any, module: nn.Module, weights: Mapping[str, float], policy: str) -> None:
+    """The one saved copy, or the average by weight."""
+    names = [name for name in weights if name in held]
+    assert len(names) == 1 or policy == "average"
+    whole = sum(weights[name] for name in names)
+    for key, value in module.named_parameters():
+        copies = [weights[n] / whole * held[n].get_parameter(key).double() for n in names]
+        value.copy_(sum(copies))
 
 
 def _add_rows(layer: Any, module: nn.Module, weights: Mapping[str, float]) -> None:
-    rows = module.weight.detach().clone()
-    for name, weight in weights.items():
-        for place, row in zip(
-            layer.token_indices.get(name, ()),
-            layer.trainable_tokens_delta[name].double() if name in layer.token_indices else (),
-            strict=True,
-        ):
-            rows[place] += weight * (row - module.weight[place])
-    module.weight.copy_(rows)  # in place: a head tied to the embedding follows
-
-
-assert math  # placeholder
+    """In place, so that a head tied to the embedding follows."""
+    start = module.weight.detach().clone()
+    for name in weights:
+        places, rows = layer.token_indices[name], layer.trainable_tokens_delta[name].double()
+        for place, row in zip(places, rows, strict=True):
+            module.weight[place] += weights[name] * (row - start[place])
