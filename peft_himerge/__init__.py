@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from .config import HiMergeConfig as HiMergeConfig
+from .densify import densify as densify
 from .errors import HiMergeError as HiMergeError
 from .hi import apply_plan as apply_plan
 from .hi import merge_adapters_hi as merge_adapters_hi
@@ -30,6 +31,7 @@ __all__ = [
     "MergeResult",
     "add_weighted_adapter",
     "apply_plan",
+    "densify",
     "list_methods",
     "merge_adapters",
     "merge_adapters_hi",

@@ -191,9 +191,13 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
     variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else ""
     activated = variant.startswith("ALora") and "alora_invocation_tokens" in carried
     if variant and not activated and not variant.startswith(_PLAIN_VARIANTS):
+        advice = (
+            f"Make plain LoRA of it first: peft_himerge.densify(model, {name!r}, 'new_name')"
+            if variant.startswith("Dora")
+            else "Train without it"
+        )
         raise AdapterError(
-            f"{where}: {variant} is not plain LoRA, its delta is not scaling * B @ A. Train with "
-            f"use_dora=False and no other variant."
+            f"{where}: {variant} is not plain LoRA, its delta is not scaling * B @ A. {advice}."
         )
     if layer.lora_bias.get(name) and "lora_bias" not in carried:
         raise AdapterError(f"{where}: lora_bias=True adds more than a low-rank delta; {_CARRY}.")

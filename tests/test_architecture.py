@@ -99,6 +99,10 @@ ROOMS: dict[str, set[str]] = {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
     },
+    "densify": {
+        *("adapters", "combine", "errors", "export", "factors", "lowrank", "names", "probe"),
+        "request",
+    },
     "trials": {"errors", "methods", "probe", "scoring"},
     "spool": {"checkpoint", "methods"},
     "merged": {
@@ -149,7 +153,7 @@ ROOMS: dict[str, set[str]] = {
     # floor 9: front doors
     "__init__": {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
-        *("request", "result", "tracking", "weighted"),
+        *("densify", "request", "result", "tracking", "weighted"),
     },
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
@@ -204,7 +208,7 @@ NO_TORCH = {
 MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
+    *("byhi", "carried", "densify", "merged", "merging", "mixture", "offline", "overwrite", "request"),
     *("recipe", "result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.

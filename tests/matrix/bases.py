@@ -213,6 +213,10 @@ class Stages(nn.Module):
 # --------------------------------------------------------------------------------------- by name
 
 
+# A token that stands in every example, always and only at this place: it calls activated LoRA.
+CALL, CALLED = 5, 2
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a base model in eval mode; its weights depend on its name and dtype alone."""
     if name in tiny.BUILDERS:
@@ -249,7 +253,8 @@ def drawn(*key: object) -> torch.Generator:
 def inputs(name: str, task: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return four examples of a task as the arguments of the base's forward."""
     draw = drawn("inputs", name, task)
-    tokens = torch.randint(3, tiny.VOCAB, (4, 7), generator=draw)
+    tokens = torch.randint(CALL + 1, tiny.VOCAB, (4, 7), generator=draw)
+    tokens[:, CALLED] = CALL
     if name == "vit":
         return {"pixel_values": torch.randn(4, 3, 8, 8, generator=draw).to(dtype)}
     if name == "whisper":

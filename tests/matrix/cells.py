@@ -39,6 +39,7 @@ class Cell:
         second: options of the second adapter alone.
         setup: how model and adapters come about (`setups.SETUPS`).
         dtype: of the base.
+        rank: of the drop-in's adapter.
         policy: the drop-in's modules_to_save.
         add: what comes of `add_weighted_adapter`.
         hi: what comes of `merge_adapters_hi`.
@@ -53,6 +54,7 @@ class Cell:
     second: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     setup: str = "plain"
     dtype: str = "float32"
+    rank: int = 8
     policy: str = "sole"
     add: Outcome = MERGED
     hi: Outcome = MERGED
@@ -154,15 +156,16 @@ def _adapters() -> list[Cell]:
         Cell(group, "PiSSA, converted", both=pissa, setup="converted"),
         Cell(group, "OLoRA, converted", both=olora, setup="converted"),
         Cell(group, "MiCA", both={"init_lora_weights": "mica"}),
+        Cell(group, "DoRA, after densify()", both={"use_dora": True}, setup="densified", rank=24),
         Cell(group, "layer_replication, of the base", "llama, replicated"),
     ]
 
 
 def _more_than_factors() -> list[Cell]:
     group = "adapter"
-    head, rows = {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5, 8]}
+    head, rows = {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 8, 9]}
     way_out = "merge_adapters(method='cat', modules_to_save='sole')"
-    calls = {"alora_invocation_tokens": [5]}
+    calls = {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}
 
     def hi(names: str) -> dict[str, Any]:
         return {"hi": Refused(names, way_out)}
@@ -194,7 +197,7 @@ def _refused() -> list[Cell]:
             both=pissa,
             **refused("init_lora_weights='pissa'", "path_initial_model_for_weight_conversion"),
         ),
-        Cell(group, "DoRA", both={"use_dora": True}, **refused("Dora", "use_dora=False")),
+        Cell(group, "DoRA", both={"use_dora": True}, **refused("Dora", "peft_himerge.densify(")),
         Cell(group, "trained biases", setup="biases", **refused("bias='all'", "bias='none'")),
         Cell(
             group,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import oracle
 import tiny
 import torch
 from accelerate import dispatch_model
@@ -23,6 +24,8 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from peft_himerge import densify
+
 __all__ = ["SETUPS", "Made", "make"]
 
 NAMES = ("zh", "en")
@@ -36,13 +39,17 @@ class Made:
         model: holds the adapters, in eval mode.
         plain: the base as it was before anything was done to it.
         dtype: in which a fresh process builds the base.
-        source: where the oracle reads the adapters; None is `model`.
+        dense: adapter -> its true dense deltas, where they are not those of the model's factors.
     """
 
     model: PeftModel
     plain: nn.Module
     dtype: torch.dtype
-    source: PeftModel | None = None
+    dense: oracle.Table | None = None
+
+    def table(self) -> oracle.Table:
+        """Return adapter -> module -> dense delta."""
+        return self.dense or {name: oracle.deltas(self.model, name) for name in NAMES}
 
 
 def specs_of(cell: Cell) -> dict[str, dict[str, Any]]:
@@ -107,6 +114,30 @@ def train(model: PeftModel, name: str) -> None:
         if f".{name}." in path:
             noise = torch.randn(p.shape, generator=bases.drawn(path))
             p.add_(noise * 0.2 * p.std())
+
+
+def _densified(cell: Cell, folder: Path) -> Made:
+    """Plain adapters made of DoRA ones; their true deltas are computed from the DoRA ones."""
+    specs = {f"{name} as DoRA": spec for name, spec in specs_of(cell).items()}
+    model = tiny.add_adapters(bases.build(cell.base), specs)
+    enrich(model)
+    dense: oracle.Table = {}
+    for name in NAMES:
+        dense[name] = dora_deltas(model, f"{name} as DoRA")
+        assert densify(model, f"{name} as DoRA", name) == 0.0
+    return Made(model, bases.build(cell.base), torch.float32, dense)
+
+
+def dora_deltas(model: PeftModel, name: str) -> oracle.Deltas:
+    """Return m * V / |V| - W0 of every module, V = W0 + scaling * B @ A, row by row, in float64."""
+    found = {}
+    for path, product in oracle.deltas(model, name).items():
+        layer = model.base_model.model.get_submodule(path)
+        base = oracle.weight_delta(layer, layer.get_base_layer().weight.detach().double())
+        magnitude = layer.lora_magnitude_vector[name].weight.detach().double()
+        rows = [m * v / v.pow(2).sum().sqrt() for m, v in zip(magnitude, base + product, strict=True)]
+        found[path] = torch.stack(rows) - base
+    return found
 
 
 def _odd(cell: Cell, folder: Path) -> Made:
@@ -175,7 +206,7 @@ def _offloaded(cell: Cell, folder: Path) -> Made:
     places |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
     inner = made.model.base_model.model
     dispatch_model(inner, places, main_device="cpu", offload_dir=folder / "disk", force_hooks=True)
-    return replace(made, source=_plain(cell, folder).model)
+    return replace(made, dense=_plain(cell, folder).table())
 
 
 def _kbit(cell: Cell, folder: Path) -> Made:
@@ -226,6 +257,7 @@ def _meta(cell: Cell, folder: Path) -> Made:
 SETUPS: Mapping[str, Callable[[Cell, Path], Made]] = {
     "plain": _plain,
     "converted": _converted,
+    "densified": _densified,
     "odd": _odd,
     "biases": _biases,
     "replicated": _replicated,

@@ -11,32 +11,29 @@ from matrix import bases
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["add_carried", "of_plan", "weighted_sum", "wide", "with_deltas"]
+__all__ = ["activated", "add_carried", "of_plan", "weighted_sum", "wide", "with_deltas"]
 
 
-def weighted_sum(model: PeftModel, weights: Mapping[str, float]) -> oracle.Deltas:
+def weighted_sum(table: oracle.Table, weights: Mapping[str, float]) -> oracle.Deltas:
     """Return sum_m w_m * delta_m, dense, per module."""
-    table = {
-        name: {m: weight * d for m, d in oracle.deltas(model, name).items()}
-        for name, weight in weights.items()
-    }
-    return oracle.plain_sum(table)
+    return oracle.plain_sum(
+        {name: {m: weights[name] * d for m, d in one.items()} for name, one in table.items()}
+    )
 
 
-def of_plan(model: PeftModel, plan: Any) -> oracle.Deltas:
+def of_plan(table: oracle.Table, plan: Any) -> oracle.Deltas:
     """Return the merged deltas that a plan's numbers stand for, with thresholds of our own."""
-    table = {}
+    edited = {}
     for name, whole in plan.adapters.items():
-        one = oracle.deltas(model, name)
-        one = oracle.prune_and_scale(one, whole.density, whole.scale, plan.prune_scope)
+        one = oracle.prune_and_scale(table[name], whole.density, whole.scale, plan.prune_scope)
         for layer, row in plan.edits.items():
             edit = row.get(name)
             if edit is not None and (edit.density, edit.scale) != (1.0, 1.0):
                 one = oracle.prune_layer_again(one, layer, edit.density, edit.scale)
-        table[name] = one
-    return oracle.plain_sum(table)
+        edited[name] = one
+    return oracle.plain_sum(edited)
 
 
 def wide(base: str, plain: nn.Module) -> nn.Module:
@@ -52,6 +49,18 @@ def with_deltas(twin: nn.Module, deltas: oracle.Deltas) -> nn.Module:
         module = twin.get_submodule(path)
         moved = module.weight.detach() + oracle.weight_delta(module, delta)
         module.weight = nn.Parameter(moved, requires_grad=False)
+    return twin
+
+
+def activated(twin: nn.Module, deltas: oracle.Deltas, first: int) -> nn.Module:
+    """Let linear deltas of a float64 model act on positions from `first` on alone."""
+    for path, delta in deltas.items():
+
+        def add(_: nn.Module, args: Any, out: Tensor, delta: Tensor = delta) -> Tensor:
+            later = torch.arange(out.shape[1])[:, None] >= first
+            return out + later * (args[0] @ delta.T)
+
+        twin.get_submodule(path).register_forward_hook(add)
     return twin
 
 
