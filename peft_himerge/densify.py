@@ -1,7 +1,7 @@
 """A DoRA adapter as plain LoRA: its delta depends on the base weight, so it is made once, densely.
 
-    W' = m * V / |V|,  V = W0 + scaling * B @ A,  |V| per row        (DoRA, arXiv 2402.09353, eq. 5)
-    delta = W' - W0                                                   (out, in), of full rank
+W' = m * V / |V|,  V = W0 + scaling * B @ A,  |V| per row        (DoRA, arXiv 2402.09353, eq. 5)
+delta = W' - W0                                                   (out, in), of full rank
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def densify(
     """
     check_model(model)
     if adapter not in model.peft_config:
-        raise AdapterError(f"the model has no adapter {adapter!r}.{suggest(adapter, model.peft_config)}")
+        raise AdapterError(
+            f"the model has no adapter {adapter!r}.{suggest(adapter, model.peft_config)}"
+        )
     check_new_name(adapter_name, model.peft_config, f"call model.delete_adapter({adapter_name!r})")
     limit = "exact" if rank == "auto" else check_rank(rank)
     config = model.peft_config[adapter]
@@ -62,9 +64,7 @@ def densify(
     for module, one in factors.items():
         _check(f"adapter {adapter!r}, module {module!r}", adapter, layers[module], one)
     settings = {"task_type": config.task_type, "revision": config.revision}
-    source = Adapter(
-        adapter, MappingProxyType(factors), config.base_model_name_or_path, settings
-    )
+    source = Adapter(adapter, MappingProxyType(factors), config.base_model_name_or_path, settings)
     parts = {
         module: low_rank_of_dense(_delta(adapter, layers[module], one), limit, name=module)
         for module, one in sorted(factors.items())
@@ -82,7 +82,9 @@ def _check(where: str, name: str, layer: Any, factors: LoraFactors) -> None:
             f"LoRA. Leave the module out of the adapter."
         )
     if layer.merged:
-        raise AdapterError(f"{where} is merged into the weight. Call model.unmerge_adapter() first.")
+        raise AdapterError(
+            f"{where} is merged into the weight. Call model.unmerge_adapter() first."
+        )
     if not plain_weight(layer.get_base_layer()):
         raise AdapterError(
             f"{where}: the base weight is quantised or offloaded. Load the base in full precision."
@@ -101,7 +103,8 @@ def _delta(name: str, layer: Any, factors: LoraFactors) -> Tensor:
     base = as_matrix(layer.get_base_layer().weight, factors.kind).to(delta)
     moved = base + delta
     magnitude = layer.lora_magnitude_vector[name].weight.to(delta)
-    return moved * (magnitude / torch.linalg.norm(moved, dim=1))[:, None] - base
+    growth: Tensor = magnitude / torch.linalg.norm(moved, dim=1)
+    return moved * growth[:, None] - base
 
 
 def _error(parts: Mapping[str, LowRank]) -> float:

@@ -108,7 +108,8 @@ def preserved(model: PeftModel) -> Iterator[None]:
 def _eager(model: nn.Module) -> AbstractContextManager[object]:
     """Run compiled modules as they are written: compiled code need not see swaps and hooks."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        return torch.compiler.set_stance("force_eager")
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return stance
     return nullcontext()
 
 

@@ -167,7 +167,7 @@ def _owner(model: Any) -> PeftModel:
     """Return a PeftModel around a bare LoraModel, so that one code path serves both."""
     if not isinstance(model, LoraModel):
         check_model(model)
-        return model  # type: ignore[no-any-return]
+        return model
     shell = PeftModel.__new__(PeftModel)
     torch.nn.Module.__init__(shell)
     shell.peft_type = PeftType.LORA

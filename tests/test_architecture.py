@@ -208,8 +208,8 @@ NO_TORCH = {
 MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
-    *("byhi", "carried", "densify", "merged", "merging", "mixture", "offline", "overwrite", "request"),
-    *("recipe", "result", "rounds", "sweep", "training", "weighted"),
+    *("byhi", "carried", "densify", "merged", "merging", "mixture", "offline", "overwrite"),
+    *("recipe", "request", "result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {

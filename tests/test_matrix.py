@@ -12,7 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from matrix import bases, reload, setups, truth
+from matrix import bases, reload, setups, table, truth
 from matrix.cells import MERGED, WAYS, Cell, Refused, cells
 from snapshot import moved, snapshot
 from torch import Tensor
@@ -58,9 +58,7 @@ def by_drop_in(made: setups.Made, cell: Cell, folder: Path) -> oracle.Deltas:
 def by_hi(made: setups.Made, cell: Cell, folder: Path) -> oracle.Deltas:
     config = HiMergeConfig(density=0.6, scale=0.9, rank="exact", max_export_drop=None)
     fns = eval_fns(cell.base, made.dtype)
-    result = merge_adapters_hi(
-        made.model, list(WEIGHTS), fns, adapter_name="made", config=config
-    )
+    result = merge_adapters_hi(made.model, list(WEIGHTS), fns, adapter_name="made", config=config)
     result.save(folder, page=False)
     return truth.of_plan(made.table(), result.plan)
 
@@ -97,10 +95,11 @@ def test_cell(
     elsewhere: Callable[[dict[str, Any]], dict[str, Tensor]],
     record_property: Callable[[str, object], None],
 ) -> None:
+    outcome = cell.outcome(way)
+    said = f"refused ({outcome.names})" if isinstance(outcome, Refused) else outcome
+    record_property("matrix", (cell.group, cell.label, way, said))
     if cell.needs:
         pytest.importorskip(cell.needs)
-    outcome = cell.outcome(way)
-    record_property("matrix", (cell.group, cell.label, way, str(outcome)))
     made = setups.make(cell, tmp_path)
     before = snapshot(made.model)
     if isinstance(outcome, Refused):
@@ -129,3 +128,13 @@ def test_cell(
         limit = TOLERANCE[cell.precision or cell.dtype] * float(want.abs().max())
         assert float((got[task] - want).abs().max()) < limit
         assert float((plain[task] - want).abs().max()) > 5 * limit
+
+
+def test_readme_holds_the_matrix_as_the_cells_give_it() -> None:
+    # Stale? python tests/matrix/table.py --write
+    assert table.of_readme(table.README.read_text(encoding="utf-8")) == table.render()
+
+
+def test_every_cell_has_a_name_of_its_own() -> None:
+    ids = [cell.id for cell in cells()]
+    assert len(set(ids)) == len(ids)

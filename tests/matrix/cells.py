@@ -236,7 +236,9 @@ def _refused() -> list[Cell]:
 def _types() -> list[Cell]:
     deltas = ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "VERA", "SHIRA")
     tokens = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
-    advice = dict.fromkeys(deltas, "convert_to_lora") | dict.fromkeys(tokens, "train a LoRA adapter")
+    advice = dict.fromkeys(deltas, "convert_to_lora") | dict.fromkeys(
+        tokens, "train a LoRA adapter"
+    )
     return [
         Cell("PEFT type", kind, setup="other type", both={"type": kind}, **refused(kind, fix))
         for kind, fix in advice.items()
@@ -259,7 +261,10 @@ def _states() -> list[Cell]:
         Cell(group, "prepare_model_for_kbit_training", setup="kbit"),
         Cell(group, "compiled in place", setup="compiled in place"),
         Cell(
-            group, "compiled", setup="compiled", **refused("OptimizedModule", "pass model._orig_mod")
+            group,
+            "compiled",
+            setup="compiled",
+            **refused("OptimizedModule", "pass model._orig_mod"),
         ),
         Cell(
             group,

@@ -15,8 +15,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from matrix import bases
 from peft import PeftModel
+
+from matrix import bases
 
 
 def answer(job: dict[str, Any]) -> None:

@@ -11,8 +11,6 @@ import oracle
 import tiny
 import torch
 from accelerate import dispatch_model
-from matrix import bases
-from matrix.cells import TARGETS, Cell
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     LoraConfig,
@@ -24,6 +22,8 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from matrix import bases
+from matrix.cells import TARGETS, Cell
 from peft_himerge import densify
 
 __all__ = ["SETUPS", "Made", "make"]
@@ -81,7 +81,7 @@ def enrich(model: PeftModel) -> None:
         trained = {"modules_to_save", "trainable_tokens_delta", "lora_magnitude_vector"} & set(
             parts
         )
-        if trained or path.endswith(".bias") and "lora_B" in parts:
+        if trained or (path.endswith(".bias") and "lora_B" in parts):
             noise = torch.randn(p.shape, generator=bases.drawn(path), dtype=torch.float64)
             p.copy_(p + 0.2 * noise * (p.double().std() if trained and p.numel() > 1 else 1.0))
 
@@ -135,7 +135,9 @@ def dora_deltas(model: PeftModel, name: str) -> oracle.Deltas:
         layer = model.base_model.model.get_submodule(path)
         base = oracle.weight_delta(layer, layer.get_base_layer().weight.detach().double())
         magnitude = layer.lora_magnitude_vector[name].weight.detach().double()
-        rows = [m * v / v.pow(2).sum().sqrt() for m, v in zip(magnitude, base + product, strict=True)]
+        rows = [
+            m * v / v.pow(2).sum().sqrt() for m, v in zip(magnitude, base + product, strict=True)
+        ]
         found[path] = torch.stack(rows) - base
     return found
 

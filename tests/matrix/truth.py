@@ -7,11 +7,12 @@ from typing import Any
 
 import oracle
 import torch
-from matrix import bases
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+
+from matrix import bases
 
 __all__ = ["activated", "add_carried", "of_plan", "weighted_sum", "wide", "with_deltas"]
 
