@@ -389,8 +389,9 @@ class Probe:
 
     def _versions(self) -> dict[str, tuple[int, int, int]]:
         # An offloaded weight is on the meta device between forward calls: a new object every time.
+        # A quantised one may be packed anew by its first forward call (bitsandbytes on the CPU).
         return {
             name: (id(p), p.data_ptr(), p._version)
             for name, p in self.model.named_parameters()
-            if not p.is_meta
+            if not p.is_meta and p.is_floating_point() and type(p) is nn.Parameter
         }

@@ -18,6 +18,8 @@ from torch import nn
 
 def bits(tensor: torch.Tensor) -> str:
     """Return a digest of shape, dtype and bytes: equal digests, equal bits."""
+    if hasattr(tensor, "__tensor_flatten__"):  # made of several tensors, as torchao's
+        return " ".join(bits(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
     state = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     state.update(raw.tobytes())

@@ -5,6 +5,7 @@ A base is known by name and dtype alone, so that a fresh process builds the same
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import transformers as tf
 from peft.tuners.tuners_utils import replicate_layers
 from torch import Tensor, nn
+
+from matrix.cells import QUANTISED
 
 _TEXT: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,
@@ -141,6 +144,12 @@ def _mixtral() -> tuple[Any, Any]:
     return tf.MixtralForCausalLM, config
 
 
+def _wide_llama() -> tuple[Any, Any]:
+    """As wide as the 4-bit kernels on the CPU ask for."""
+    wide = {"hidden_size": 64, "intermediate_size": 64, "tie_word_embeddings": False}
+    return tf.LlamaForCausalLM, tf.LlamaConfig(**_TEXT | wide)
+
+
 _MORE: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3": _qwen3,
     "mistral": _mistral,
@@ -151,6 +160,7 @@ _MORE: Mapping[str, Callable[[], tuple[Any, Any]]] = {
     "whisper": _whisper,
     "mamba": _mamba,
     "mixtral": _mixtral,
+    "wide llama": _wide_llama,
 }
 
 
@@ -210,6 +220,25 @@ class Stages(nn.Module):
         return out
 
 
+# --------------------------------------------------------------------------------- quantised bases
+
+
+def _quantised(name: str) -> nn.Module:
+    """Quantise as users do, while loading a folder."""
+    if name.endswith("torchao 8-bit"):
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = tf.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        four = name.endswith("4-bit")
+        config = tf.BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four)
+    with tempfile.TemporaryDirectory() as folder:
+        build("wide llama").save_pretrained(folder)
+        return tf.LlamaForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+        ).eval()
+
+
 # --------------------------------------------------------------------------------------- by name
 
 
@@ -218,7 +247,10 @@ CALL, CALLED = 5, 2
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a base model in eval mode; its weights depend on its name and dtype alone."""
+    """Return a base model in eval mode; its weights depend on its name and dtype alone.
+
+    In float64 the quantised ones are plain.
+    """
     if name in tiny.BUILDERS:
         return tiny.tiny_model(name, dtype=dtype)
     if name == "stages":
@@ -227,8 +259,10 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         model = tiny.tiny_llama(dtype=dtype)
         replicate_layers(model, [(0, 3), (1, 4)])
         return model
+    if name in QUANTISED and dtype != torch.float64:
+        return _quantised(name)
     plain = name == "mixtral, plain experts"
-    cls, config = _MORE["mixtral" if plain else name]()
+    cls, config = _MORE[name.partition(",")[0]]()
     model = tiny._build(cls, config, dtype, 0)
     if plain:
         for layer in model.model.layers:

@@ -71,6 +71,14 @@ class Cell:
         return self.add if way == WAYS[0] else self.hi
 
 
+# Quantised base -> the package that it takes.
+QUANTISED = MappingProxyType(
+    {
+        "wide llama, bitsandbytes 8-bit": "bitsandbytes",
+        "wide llama, bitsandbytes 4-bit": "bitsandbytes",
+        "wide llama, torchao 8-bit": "torchao",
+    }
+)
 # Targets of the two adapters of each base; they overlap but differ.
 TARGETS: Mapping[str, tuple[list[str], list[str]]] = MappingProxyType(
     {
@@ -91,6 +99,7 @@ TARGETS: Mapping[str, tuple[list[str], list[str]]] = MappingProxyType(
         "mamba": (["in_proj", "x_proj"], ["in_proj"]),
         "mixtral, plain experts": (["q_proj", "gate_up.0", "gate_up.2"], ["gate_up.0", "down.1"]),
         "llama, replicated": (["q_proj", "v_proj", "down_proj"], ["q_proj", "v_proj"]),
+        **dict.fromkeys(QUANTISED, (["q_proj", "v_proj", "down_proj"], ["q_proj", "up_proj"])),
         "stages": (["stages.1", "stages.7"], ["stages.1"]),
     }
 )
@@ -257,6 +266,17 @@ def _dtypes() -> list[Cell]:
 def _states() -> list[Cell]:
     group = "model"
     return [
+        *(
+            Cell(
+                group,
+                base.removeprefix("wide llama, "),
+                base,
+                setup="quantised",
+                precision="quantised",
+                needs=package,
+            )
+            for base, package in QUANTISED.items()
+        ),
         Cell(group, "offloaded to CPU and disk", setup="offloaded"),
         Cell(group, "prepare_model_for_kbit_training", setup="kbit"),
         Cell(group, "compiled in place", setup="compiled in place"),

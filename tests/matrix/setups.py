@@ -211,6 +211,14 @@ def _offloaded(cell: Cell, folder: Path) -> Made:
     return replace(made, dense=_plain(cell, folder).table())
 
 
+def _quantised(cell: Cell, folder: Path) -> Made:
+    plain = tiny.add_adapters(bases.build("wide llama"), specs_of(cell))
+    plain.save_pretrained(folder)
+    model = PeftModel.from_pretrained(bases.build(cell.base), folder / "zh", "zh")
+    model.load_adapter(folder / "en", "en")
+    return Made(model.eval(), bases.build(cell.base), torch.float32)
+
+
 def _kbit(cell: Cell, folder: Path) -> Made:
     base = prepare_model_for_kbit_training(bases.build(cell.base))
     model = tiny.add_adapters(base, specs_of(cell))
@@ -266,6 +274,7 @@ SETUPS: Mapping[str, Callable[[Cell, Path], Made]] = {
     "other type": _other_type,
     "narrow adapters": _narrow,
     "offloaded": _offloaded,
+    "quantised": _quantised,
     "kbit": _kbit,
     "compiled in place": _compiled_in_place,
     "compiled": _compiled,

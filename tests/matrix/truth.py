@@ -9,6 +9,7 @@ import oracle
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
@@ -38,10 +39,18 @@ def of_plan(table: oracle.Table, plan: Any) -> oracle.Deltas:
 
 
 def wide(base: str, plain: nn.Module) -> nn.Module:
-    """Return a float64 twin of a plain base: the same numbers, as the base's dtype rounds them."""
+    """Return a float64 twin of a base: the same numbers, as its dtype or quantiser rounds them."""
     twin = bases.build(base, torch.float64)
-    twin.load_state_dict({k: v.double() for k, v in plain.state_dict().items()})
+    twin.load_state_dict({key: _number(plain, key) for key in twin.state_dict()})
     return twin
+
+
+def _number(plain: nn.Module, key: str) -> Tensor:
+    path, _, name = key.rpartition(".")
+    module = plain.get_submodule(path)
+    held: Tensor = getattr(module, name)
+    ordinary = type(held) in (nn.Parameter, Tensor)
+    return (held if ordinary else dequantize_module_weight(module)).detach().double()
 
 
 def with_deltas(twin: nn.Module, deltas: oracle.Deltas) -> nn.Module:
