@@ -14,7 +14,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .adapters import check_config, check_model, lora_layers, plain_factors, plain_weight
+from .adapters import (
+    check_config,
+    check_model,
+    check_values,
+    lora_layers,
+    plain_factors,
+    plain_weight,
+)
 from .combine import Combiner
 from .errors import AdapterError, suggest
 from .export import add_adapter
@@ -89,13 +96,12 @@ def _check(where: str, name: str, layer: Any, factors: LoraFactors) -> None:
         raise AdapterError(
             f"{where}: the base weight is quantised or offloaded. Load the base in full precision."
         )
-    for tensor in (factors.a, factors.b):
-        if tensor.is_meta or not torch.isfinite(tensor).all():
-            raise AdapterError(f"{where}: the weights hold NaN or infinity, or are not loaded.")
+    magnitude = [layer.lora_magnitude_vector[name].weight] if variant else []
+    check_values(where, factors.a, factors.b, *magnitude)
 
 
 def _delta(name: str, layer: Any, factors: LoraFactors) -> Tensor:
-    """Return the dense (out, in) delta in float32 or wider."""
+    """Return the dense (out, in) delta in float32 or wider; a row without direction stays at 0."""
     b, a = factors.scaled()
     delta = b @ a
     if name not in layer.lora_variant:
@@ -103,7 +109,8 @@ def _delta(name: str, layer: Any, factors: LoraFactors) -> Tensor:
     base = as_matrix(layer.get_base_layer().weight, factors.kind).to(delta)
     moved = base + delta
     magnitude = layer.lora_magnitude_vector[name].weight.to(delta)
-    growth: Tensor = magnitude / torch.linalg.norm(moved, dim=1)
+    size = torch.linalg.norm(moved, dim=1).clamp_min(torch.finfo(moved.dtype).tiny)
+    growth: Tensor = magnitude / size
     return moved * growth[:, None] - base
 
 

@@ -26,6 +26,7 @@ from .plan import MergePlan
 from .probe import Probe, preserved
 from .processes import Team, together
 from .randomness import capture, install
+from .reached import Reached
 from .result import MergeResult, ModuleError
 from .run import Run
 from .scoring import EvalFn, Score, Task, check_eval_fns
@@ -102,7 +103,7 @@ def merge_adapters_hi(
             ) as ledger,
         ):
             _start_alike(team, model, run.combiner, ledger)
-            with probe:
+            with probe, Reached(model, run.combiner.modules) as reached:
                 engine = Engine(probe, run.tasks, run.emit, run.cost(), ledger=ledger, team=team)
                 run.merge(engine)
                 parts = export.approximate(run.combiner, run.plan, config.rank)
@@ -113,6 +114,8 @@ def merge_adapters_hi(
                 except BaseException:
                     export.remove_adapter(model, adapter_name)
                     raise
+        if ledger is None and team.size == 1:  # otherwise, not all scores were computed here
+            reached.warn()
         blocks = (probe.blocks.run, probe.blocks.skipped)
         result = _result(model, adapter_name, run, parts, rank, engine.done, start, blocks)
         run.emit(MergeFinished(result.plan, result.scores))

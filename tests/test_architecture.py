@@ -59,6 +59,7 @@ ROOMS: dict[str, set[str]] = {
         *("adapters", "blocks", "combine", "errors", "factors", "plan", "randomness"),
         *("scoring", "threads"),
     },
+    "reached": {"adapters"},
     # floor 5: what stands on those
     "mixture": {"adapters", "batches", "combine", "errors", "factors", "probe"},
     "progress": {"events"},
@@ -87,7 +88,7 @@ ROOMS: dict[str, set[str]] = {
         *("plan", "scoring", "search"),
     },
     "hi": {
-        *("names", "run"),
+        *("names", "reached", "run"),
         *("adapters", "combine", "config", "conflict", "contribution", "cost", "engine"),
         *("errors", "events", "export", "factors", "identity", "journal", "layers", "ledger"),
         *("lowrank", "plan", "probe", "processes", "randomness", "result", "scoring", "search"),
@@ -209,7 +210,7 @@ MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("byhi", "carried", "densify", "merged", "merging", "mixture", "offline", "overwrite"),
-    *("recipe", "request", "result", "rounds", "sweep", "training", "weighted"),
+    *("reached", "recipe", "request", "result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
