@@ -39,8 +39,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "modules_to_save": f"full copies of modules are not a low-rank delta; {_CARRY}",
         "trainable_token_indices": f"trained token rows are not a low-rank delta; {_CARRY}",
-        "target_parameters": "LoRA on bare parameters (fused experts) is not supported yet; "
-        "target nn.Linear modules",
+        "target_parameters": f"factors of bare parameters (fused experts) are no delta of a "
+        f"module; {_CARRY}",
         "layer_replication": "the second adapter would replicate the layers again; replicate those "
         "of the base (peft.tuners.tuners_utils.replicate_layers), save it as a base of its own, "
         "and remove layer_replication from the configs",
@@ -163,13 +163,16 @@ def _read(
         module: _read_layer(name, module, layer, carried)
         for module, layer in sorted(layers.items())
         if name in layer.scaling
+        and not (isinstance(layer, ParamWrapper) and "target_parameters" in carried)
     }
-    if not factors:
+    bare = "target_parameters" in carried and getattr(config, "target_parameters", None)
+    if not factors and not bare:
         raise AdapterError(f"adapter {name!r} changes no module of the model.")
     settings = {"task_type": config.task_type, "revision": config.revision}
     base = config.base_model_name_or_path
     adapter = Adapter(name, MappingProxyType(factors), base, settings)
-    warn_if_zero(adapter)
+    if factors:
+        warn_if_zero(adapter)
     return adapter
 
 

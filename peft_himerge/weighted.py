@@ -125,8 +125,8 @@ def add_weighted_adapter(
     owner = _owner(model)
     names = check_names(owner, adapters, adapter_name, overwrite=overwrite)
     of = check_weights(names, weights)
-    _refuse_configs(owner, names)
     strict = compat == "peft" or isinstance(model, LoraModel)
+    _refuse_configs(owner, names, strict=strict)
     rank = _new_rank(owner, names, combination_type, svd_rank, strict=strict)
     _check_svd(svd_clamp, svd_driver, compat)
     info, options = _method(combination_type, density, majority_sign_method, alone=len(names) == 1)
@@ -180,10 +180,10 @@ def _owner(model: Any) -> PeftModel:
     return shell
 
 
-def _refuse_configs(model: PeftModel, names: Sequence[str]) -> None:
+def _refuse_configs(model: PeftModel, names: Sequence[str], *, strict: bool) -> None:
     for name in names:
         config = model.peft_config[name]
-        if getattr(config, "target_parameters", None):
+        if strict and getattr(config, "target_parameters", None):
             raise AdapterError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic "
                 f"adapter '{name}'). Target nn.Linear modules instead."

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,12 +82,12 @@ def deltas(model: PeftModel, name: str) -> Deltas:
 
     ``scaling`` is computed from the adapter's config: alpha/r, or alpha/sqrt(r) with rsLoRA, where
     ``alpha_pattern`` and ``rank_pattern`` override alpha and r. A pattern's key fits a module if it
-    matches the whole name or a dotted end of it.
+    matches the whole name or a dotted end of it. Factors of bare parameters are left out.
     """
     config = model.peft_config[name]
     result = {}
     for path, module in model.base_model.model.named_modules():
-        if name in getattr(module, "lora_A", {}):
+        if name in getattr(module, "lora_A", {}) and not isinstance(module, ParamWrapper):
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
         elif name in getattr(module, "lora_embedding_A", {}):
             a, b = module.lora_embedding_A[name], module.lora_embedding_B[name]

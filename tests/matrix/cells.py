@@ -174,6 +174,7 @@ def _more_than_factors() -> list[Cell]:
     group = "adapter"
     head, rows = {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 8, 9]}
     way_out = "merge_adapters(method='cat', modules_to_save='sole')"
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
     calls = {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}
 
     def hi(names: str) -> dict[str, Any]:
@@ -190,6 +191,22 @@ def _more_than_factors() -> list[Cell]:
             **hi("modules_to_save=['lm_head']"),
         ),
         Cell(group, "trained token rows", both=rows, **hi("trainable_token_indices")),
+        Cell(
+            group,
+            "target_parameters (fused experts)",
+            "mixtral",
+            both={"target_modules": ["q_proj"], "target_parameters": experts},
+            setup="odd",
+            **hi("target_parameters"),
+        ),
+        Cell(
+            group,
+            "target_parameters alone",
+            "mixtral",
+            both={"target_modules": [], "target_parameters": experts[:1]},
+            setup="odd",
+            **hi("target_parameters"),
+        ),
         Cell(group, "activated LoRA", both=calls, **hi("alora_invocation_tokens")),
     ]
 
@@ -197,8 +214,6 @@ def _more_than_factors() -> list[Cell]:
 def _refused() -> list[Cell]:
     group = "adapter"
     pissa = {"init_lora_weights": "pissa"}
-    fused = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
-    params = Refused("nn.Parameter", "Target nn.Linear modules")
     return [
         Cell(
             group,
@@ -208,15 +223,6 @@ def _refused() -> list[Cell]:
         ),
         Cell(group, "DoRA", both={"use_dora": True}, **refused("Dora", "peft_himerge.densify(")),
         Cell(group, "trained biases", setup="biases", **refused("bias='all'", "bias='none'")),
-        Cell(
-            group,
-            "target_parameters",
-            "mixtral",
-            both=fused,
-            setup="odd",
-            add=params,
-            hi=Refused("target_parameters", "target nn.Linear modules"),
-        ),
         Cell(
             group,
             "layer_replication, of the adapter",

@@ -9,6 +9,7 @@ import oracle
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
@@ -78,9 +79,12 @@ def activated(twin: nn.Module, deltas: oracle.Deltas, first: int) -> nn.Module:
 def add_carried(
     model: PeftModel, twin: nn.Module, weights: Mapping[str, float], policy: str
 ) -> None:
-    """Put biases behind B (summed), saved modules (by policy) and token rows into `twin`."""
+    """Put what is beside the factors into `twin`: biases behind B, bare parameters and token rows
+    (summed), saved modules (by policy)."""
     for path, layer in model.base_model.model.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, ParamWrapper):
+            _add_experts(layer, twin.get_submodule(path.replace(".base_layer", "")), weights)
+        elif isinstance(layer, LoraLayer):
             _add_bias(layer, twin.get_submodule(path), weights)
         elif isinstance(layer, ModulesToSaveWrapper):
             _add_saved(layer.modules_to_save, twin.get_submodule(path), weights, policy)
@@ -104,6 +108,19 @@ def _add_saved(held: Any, module: nn.Module, weights: Mapping[str, float], polic
     for key, value in module.named_parameters():
         copies = [weights[n] / whole * held[n].get_parameter(key).double() for n in names]
         value.copy_(sum(copies))
+
+
+def _add_experts(layer: Any, module: nn.Module, weights: Mapping[str, float]) -> None:
+    """Expert by expert, row of A and column of B found by their numbers (PEFT's layout)."""
+    stacked = module.get_parameter(layer.parameter_name)
+    for name, weight in weights.items():
+        if name in layer.r:
+            rank, scaling = layer.r[name], layer.scaling[name]
+            a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+            for expert in range(len(stacked)):
+                for j in range(rank):
+                    row, column = a[expert * rank + j], b[:, j * len(stacked) + expert]
+                    stacked[expert] += weight * scaling * torch.outer(column, row)
 
 
 def _add_rows(layer: Any, module: nn.Module, weights: Mapping[str, float]) -> None:
