@@ -46,6 +46,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "and remove layer_replication from the configs",
         "alora_invocation_tokens": f"activated LoRA works only after its invocation tokens; "
         f"{_CARRY}",
+        "use_dora": "the delta of DoRA depends on the base weight; make plain LoRA of it first: "
+        "peft_himerge.densify(model, adapter, 'new_name')",
         "arrow_config": "arrow routing has no single delta; merge the experts it routes to",
     }
 )
@@ -196,13 +198,9 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
     variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else ""
     activated = variant.startswith("ALora") and "alora_invocation_tokens" in carried
     if variant and not activated and not variant.startswith(_PLAIN_VARIANTS):
-        advice = (
-            f"Make plain LoRA of it first: peft_himerge.densify(model, {name!r}, 'new_name')"
-            if variant.startswith("Dora")
-            else "Train without it"
-        )
         raise AdapterError(
-            f"{where}: {variant} is not plain LoRA, its delta is not scaling * B @ A. {advice}."
+            f"{where}: {variant} is not plain LoRA, its delta is not scaling * B @ A. Train "
+            f"without it."
         )
     if layer.lora_bias.get(name) and "lora_bias" not in carried:
         raise AdapterError(f"{where}: lora_bias=True adds more than a low-rank delta; {_CARRY}.")

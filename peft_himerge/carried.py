@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from .adapters import lora_layers
+from .adapters import check_values, lora_layers
 from .errors import AdapterError, ConfigError, suggest
 
 __all__ = ["FIELDS", "Carried", "SavedPolicy", "carried_of", "fill"]
@@ -31,6 +31,8 @@ FIELDS = (
     *("modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "lora_bias"),
     "target_parameters",
 )
+# Where PEFT keeps it: parts of parameter names.
+_PLACES = frozenset({"lora_A", "lora_B", "modules_to_save", "trainable_tokens_delta"})
 SavedPolicy = Literal["error", "sole", "first", "average"]
 
 
@@ -68,7 +70,8 @@ def carried_of(
 
     Raises:
         ConfigError: no such policy, or "average" with weights that cancel.
-        AdapterError: an adapter holds what the policy refuses, or settings don't agree.
+        AdapterError: an adapter holds what the policy refuses, or NaN or infinity, or settings
+            don't agree.
     """
     if policy not in get_args(SavedPolicy):
         hint = suggest(str(policy), get_args(SavedPolicy))
@@ -96,8 +99,18 @@ def carried_of(
     bare = [getattr(config, "target_parameters", None) or () for config in configs.values()]
     if any(bare):
         settings["target_parameters"] = sorted({name for one in bare for name in one})
+    _check_values(model, names)
     rank = max([sum(layer.r.get(n, 0) for n in names) for layer in _experts(model)], default=0)
     return Carried(settings, tuple(names), tuple(weights), policy, rank)  # type: ignore[arg-type]
+
+
+def _check_values(model: PeftModel, names: Sequence[str]) -> None:
+    """Refuse NaN and infinity in what is carried over, which the reader of factors never sees."""
+    for path, parameter in model.named_parameters():
+        parts = set(path.split("."))
+        found = [name for name in names if name in parts]
+        if found and parts & _PLACES and parameter.is_floating_point():
+            check_values(f"adapter {found[0]!r}, {path!r}", parameter)
 
 
 def _invocation(configs: Mapping[str, Any], settings: dict[str, Any]) -> None:

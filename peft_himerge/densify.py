@@ -66,7 +66,7 @@ def densify(
     check_new_name(adapter_name, model.peft_config, f"call model.delete_adapter({adapter_name!r})")
     limit = "exact" if rank == "auto" else check_rank(rank)
     config = model.peft_config[adapter]
-    check_config(adapter, config)
+    check_config(adapter, config, carried=("use_dora",))
     layers, factors = lora_layers(model), plain_factors(model, adapter)
     for module, one in factors.items():
         _check(f"adapter {adapter!r}, module {module!r}", adapter, layers[module], one)

@@ -948,6 +948,27 @@ def test_bare_parameters_that_cannot_be_summed_are_refused(call: Any, text: str)
     assert moved(before, snapshot(model)) == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"lora_bias": True}, "lin0.lora_B.p.bias"),
+        ({"modules_to_save": ["head"]}, "head.modules_to_save.p.bias"),
+        (
+            {"target_modules": ["lin0"], "target_parameters": ["lin1.weight"]},
+            "lin1.lora_A.p.weight",
+        ),
+    ],
+)
+def test_what_is_carried_over_must_be_finite(fields: dict[str, Any], part: str) -> None:
+    model = net({"p": fields, "q": {"target_modules": ["lin0"]}})
+    with torch.no_grad():
+        model.base_model.model.get_parameter(part).view(-1)[1] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=rf"'p'.*{part}.*NaN or infinity"):
+        add_weighted_adapter(model, ["p", "q"], [1.0, 1.0], "m", "cat")
+    assert moved(before, snapshot(model)) == []
+
+
 def test_errors_are_value_errors_of_ours() -> None:
     assert issubclass(ConfigError, ValueError)
     assert issubclass(AdapterError, ValueError)

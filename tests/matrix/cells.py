@@ -221,7 +221,12 @@ def _refused() -> list[Cell]:
             both=pissa,
             **refused("init_lora_weights='pissa'", "path_initial_model_for_weight_conversion"),
         ),
-        Cell(group, "DoRA", both={"use_dora": True}, **refused("Dora", "peft_himerge.densify(")),
+        Cell(
+            group,
+            "DoRA",
+            both={"use_dora": True},
+            **refused("use_dora=True", "peft_himerge.densify("),
+        ),
         Cell(group, "trained biases", setup="biases", **refused("bias='all'", "bias='none'")),
         Cell(
             group,
