@@ -32,7 +32,7 @@ FIELDS = (
     "target_parameters",
 )
 # Where PEFT keeps it: parts of parameter names.
-_PLACES = frozenset({"lora_A", "lora_B", "modules_to_save", "trainable_tokens_delta"})
+_PLACES = frozenset({"modules_to_save", "trainable_tokens_delta"})
 SavedPolicy = Literal["error", "sole", "first", "average"]
 
 
@@ -109,8 +109,12 @@ def _check_values(model: PeftModel, names: Sequence[str]) -> None:
     for path, parameter in model.named_parameters():
         parts = set(path.split("."))
         found = [name for name in names if name in parts]
-        if found and parts & _PLACES and parameter.is_floating_point():
+        if found and (parts & _PLACES or {"lora_B", "bias"} <= parts):
             check_values(f"adapter {found[0]!r}, {path!r}", parameter)
+    for layer in _experts(model):
+        for name in (n for n in names if n in layer.r):
+            factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+            check_values(f"adapter {name!r}, parameter {layer.parameter_name!r}", *factors)
 
 
 def _invocation(configs: Mapping[str, Any], settings: dict[str, Any]) -> None:

@@ -208,8 +208,8 @@ _WHAT: Mapping[str, str] = MappingProxyType(
     {
         "lora_magnitude_vector": "a DoRA magnitude: DoRA is not scaling * B @ A; make plain LoRA "
         "of it with the base at hand (peft_himerge.densify)",
-        "lora_B.bias": "a bias of B (lora_bias=True), which is no low-rank delta; load the adapters "
-        "into a model and use merge_adapters",
+        "lora_B.bias": "a bias of B (lora_bias=True), which is no low-rank delta; load the "
+        "adapters into a model and use merge_adapters",
         "trainable_tokens": "trained token rows, which are not a low-rank delta",
         "token_adapter": "trained token rows, which are not a low-rank delta",
         "modules_to_save": "a full copy of a module, which is not a low-rank delta",
