@@ -259,9 +259,19 @@ def _types() -> list[Cell]:
     advice = dict.fromkeys(deltas, "convert_to_lora") | dict.fromkeys(
         tokens, "train a LoRA adapter"
     )
+    loha = Cell(
+        "PEFT type",
+        "LOHA, after convert_to_lora()",
+        setup="converted type",
+        both={"type": "LOHA"},
+        rank=24,
+    )
     return [
-        Cell("PEFT type", kind, setup="other type", both={"type": kind}, **refused(kind, fix))
-        for kind, fix in advice.items()
+        loha,
+        *(
+            Cell("PEFT type", kind, setup="other type", both={"type": kind}, **refused(kind, fix))
+            for kind, fix in advice.items()
+        ),
     ]
 
 
@@ -291,6 +301,7 @@ def _states() -> list[Cell]:
         Cell(group, "offloaded to CPU and disk", setup="offloaded"),
         Cell(group, "prepare_model_for_kbit_training", setup="kbit"),
         Cell(group, "compiled in place", setup="compiled in place"),
+        Cell(group, "compiled base, its _orig_mod put back", setup="plain again"),
         Cell(
             group,
             "compiled",

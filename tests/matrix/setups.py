@@ -16,8 +16,10 @@ from peft import (
     LoraConfig,
     PeftModel,
     PeftType,
+    convert_to_lora,
     get_peft_model,
     prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -192,6 +194,31 @@ def _other_type(cell: Cell, folder: Path) -> Made:
     return Made(model.eval(), bases.build(cell.base), torch.float32)
 
 
+def _converted_type(cell: Cell, folder: Path) -> Made:
+    """Adapters of another type, made LoRA by PEFT; their true deltas are the type's own."""
+    dense: oracle.Table = {}
+    model: PeftModel | None = None
+    for name in NAMES:
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(cell.both["type"])]
+        config = kind(r=2, alpha=3, target_modules=["q_proj", "up_proj"], init_weights=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(NAMES.index(name))
+            other = get_peft_model(bases.build(cell.base), config)
+        dense[name] = {
+            path: layer.get_delta_weight("default").detach().double()
+            for path, layer in other.base_model.model.named_modules()
+            if hasattr(layer, "get_delta_weight")
+        }
+        lora, factors = convert_to_lora(other, rank=24)
+        if model is None:
+            model = get_peft_model(bases.build(cell.base), lora, adapter_name=name)
+        else:
+            model.add_adapter(name, lora)
+        set_peft_model_state_dict(model, factors, name)
+    assert model is not None
+    return Made(model.eval(), bases.build(cell.base), torch.float32, dense)
+
+
 def _narrow(cell: Cell, folder: Path) -> Made:
     made = _plain(cell, folder)
     for path, p in made.model.named_parameters():
@@ -242,6 +269,13 @@ def _compiled_base(cell: Cell, folder: Path) -> Made:
     return Made(tiny.add_adapters(base, specs_of(cell)), bases.build(cell.base), torch.float32)
 
 
+def _plain_again(cell: Cell, folder: Path) -> Made:
+    """What the error about a compiled base asks for."""
+    made = _compiled_base(cell, folder)
+    made.model.base_model.model = made.model.base_model.model._orig_mod
+    return made
+
+
 def _wrapped_twice(cell: Cell, folder: Path) -> Made:
     specs = specs_of(cell)
     once = tiny.add_adapters(bases.build(cell.base), {"zh": specs["zh"]})
@@ -279,6 +313,8 @@ SETUPS: Mapping[str, Callable[[Cell, Path], Made]] = {
     "compiled in place": _compiled_in_place,
     "compiled": _compiled,
     "compiled base": _compiled_base,
+    "plain again": _plain_again,
+    "converted type": _converted_type,
     "wrapped twice": _wrapped_twice,
     "merged": _merged,
     "meta": _meta,
