@@ -49,8 +49,8 @@ class Reached:
         return seen
 
     def warn(self) -> None:
-        """Warn of modules that were never called."""
-        if self.missed:
+        """Warn of modules that were never called, if others were: a score may need no forward."""
+        if 0 < len(self.missed) < len(self._bases):
             warnings.warn(
                 f"no eval function ran {len(self.missed)} of the modules that the adapters change, "
                 f"the first of them {self.missed[0]!r}. Either the eval functions do not reach "

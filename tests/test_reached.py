@@ -42,6 +42,14 @@ def test_no_word_where_every_module_was_called() -> None:
     assert moved(before, snapshot(model, but="merged")) == []
 
 
+def test_no_word_about_eval_functions_that_run_no_module() -> None:
+    model = mamba("in_proj", "dt_proj")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constant = {"zh": lambda _: 0.5, "en": lambda _: 0.25}
+        merge_adapters_hi(model, ["zh", "en"], constant, config=CONFIG)
+
+
 def test_hooks_are_gone_when_a_run_fails() -> None:
     model = mamba("in_proj", "dt_proj")
     before = snapshot(model)
