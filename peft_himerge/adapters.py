@@ -39,6 +39,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "modules_to_save": f"full copies of modules are not a low-rank delta; {_CARRY}",
         "trainable_token_indices": f"trained token rows are not a low-rank delta; {_CARRY}",
+        "lora_bias": f"a bias behind B is no low-rank delta; {_CARRY}",
         "target_parameters": f"factors of bare parameters (fused experts) are no delta of a "
         f"module; {_CARRY}",
         "layer_replication": "the second adapter would replicate the layers again; replicate those "
@@ -51,6 +52,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "arrow_config": "arrow routing has no single delta; merge the experts it routes to",
     }
 )
+# Types that put virtual tokens before the input.
+_VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
 # Variants whose forward is scaling * B @ A all the same (PEFT's variants.py).
 _PLAIN_VARIANTS = ("MiCA",)
 # Initialisations that also change the base weights (PEFT's LoraConfig docs).
@@ -134,7 +137,7 @@ def check_config(name: str, config: Any, carried: Collection[str] = ()) -> None:
     if config.peft_type != PeftType.LORA:
         advice = (
             "Virtual tokens change no weights: train a LoRA adapter on the same data."
-            if getattr(config, "is_prompt_learning", False)
+            if config.peft_type.value in _VIRTUAL
             else "PEFT's convert_to_lora turns types that add a delta to linear layers into LoRA."
         )
         raise AdapterError(
@@ -202,8 +205,6 @@ def _read_layer(name: str, module: str, layer: LoraLayer, carried: Collection[st
             f"{where}: {variant} is not plain LoRA, its delta is not scaling * B @ A. Train "
             f"without it."
         )
-    if layer.lora_bias.get(name) and "lora_bias" not in carried:
-        raise AdapterError(f"{where}: lora_bias=True adds more than a low-rank delta; {_CARRY}.")
     base = layer.get_base_layer()
     found = _factors(name, layer)
     if isinstance(layer, (Conv1d, Conv2d, Conv3d)):

@@ -304,6 +304,12 @@ def _pair_up(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
         )
     if not sides:
         raise AdapterError(f"adapter {name!r}: the file holds no factors.")
+    wrapped = next((module for module in sides if "base_layer" in module.split(".")), None)
+    if wrapped is not None:  # the output projection, which PEFT adapts along
+        raise AdapterError(
+            f"adapter {name!r}, module {wrapped!r}: nn.MultiheadAttention is not supported; leave "
+            f"it out of the adapter and target nn.Linear modules."
+        )
     pairs = {}
     for module, pair in sides.items():
         wanted = ("Ae", "Be") if module in embeddings else ("A", "B")

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 MERGED = "merged"
-# The two ways: an exact weighted sum by the drop-in, and Hi-Merging.
-WAYS = ("add_weighted_adapter", "merge_adapters_hi")
+# An exact weighted sum by the drop-in, Hi-Merging, and its first step from folder to folder.
+WAYS = ("add_weighted_adapter", "merge_adapters_hi", "merge_folders")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Cell:
         policy: the drop-in's modules_to_save.
         add: what comes of `add_weighted_adapter`.
         hi: what comes of `merge_adapters_hi`.
+        folders: what comes of `merge_folders`; None is the same as `hi`.
         precision: dtype that bounds the error; "" is `dtype`.
         needs: package without which the cell is skipped.
     """
@@ -58,6 +59,7 @@ class Cell:
     policy: str = "sole"
     add: Outcome = MERGED
     hi: Outcome = MERGED
+    folders: Outcome | None = None
     precision: str = ""
     needs: str = ""
 
@@ -66,9 +68,15 @@ class Cell:
         """The cell's name in the test run."""
         return f"{self.group}: {self.label}"
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The ways that the cell is about; folders know no state of a model."""
+        return WAYS[:2] if self.group == "model" else WAYS
+
     def outcome(self, way: str) -> Outcome:
         """Return what comes of one way of merging."""
-        return self.add if way == WAYS[0] else self.hi
+        results = (self.add, self.hi, self.hi if self.folders is None else self.folders)
+        return dict(zip(WAYS, results, strict=True))[way]
 
 
 # Quantised base -> the package that it takes.

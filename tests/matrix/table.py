@@ -24,7 +24,9 @@ _INTRO = """\
 Every cell is a test: two adapters of that kind on a tiny base are merged, saved, and read by a
 fresh process that knows PEFT alone; its logits equal those of a float64 model with dense deltas.
 What is refused is refused before anything is touched, by an error that names the kind and the text
-quoted here. `python -m pytest tests/test_matrix.py` prints the matrix cell by cell.
+quoted here. `merge_folders` does the first step of Hi-Merging without a base model. Cells of a
+quantised base run where the quantiser is installed. `python -m pytest tests/test_matrix.py` prints
+the matrix cell by cell.
 """
 
 
@@ -35,10 +37,11 @@ def _said(outcome: Outcome) -> str:
 def render() -> str:
     """Return README's section: one row per group and outcome."""
     lines = [_INTRO, f"| | kind | {' | '.join(f'`{way}`' for way in WAYS)} |"]
-    lines.append("| --- | --- | --- | --- |")
+    lines.append("| --- | --- " + "| --- " * len(WAYS) + "|")
 
     def key(cell: Cell) -> tuple[str, ...]:
-        return (cell.group, *(_said(cell.outcome(way)) for way in WAYS))
+        said = (_said(cell.outcome(way)) if way in cell.ways else "" for way in WAYS)
+        return (cell.group, *said)
 
     for (group, *said), same in groupby(cells(), key):
         labels = "; ".join(cell.label for cell in same)
@@ -70,7 +73,7 @@ def summary(reports: Iterable[Any]) -> list[str]:
                 found.setdefault((group, label), {})[way] = said
     order = [(cell.group, cell.label) for cell in cells()]
     rows = [
-        (f"{group}: {label}", [found[group, label].get(way, "not run") for way in WAYS])
+        (f"{group}: {label}", [found[group, label].get(way, "") for way in WAYS])
         for group, label in order
         if (group, label) in found
     ]
@@ -78,10 +81,10 @@ def summary(reports: Iterable[Any]) -> list[str]:
 
 
 def _aligned(rows: Sequence[tuple[str, list[str]]]) -> Iterator[str]:
-    first = max(len(name) for name, _ in rows)
-    second = max(len(said[0]) for _, said in rows)
-    for name, said in rows:
-        yield f"{name:{first}}  {said[0]:{second}}  {said[1]}"
+    table = [(name, *said) for name, said in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield "  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
 
 
 if __name__ == "__main__":

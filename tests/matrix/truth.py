@@ -82,14 +82,21 @@ def add_carried(
     """Put what is beside the factors into `twin`: biases behind B, bare parameters and token rows
     (summed), saved modules (by policy)."""
     for path, layer in model.base_model.model.named_modules():
+        module = _twin_of(path, twin)
         if isinstance(layer, ParamWrapper):
-            _add_experts(layer, twin.get_submodule(path.replace(".base_layer", "")), weights)
+            _add_experts(layer, module, weights)
         elif isinstance(layer, LoraLayer):
-            _add_bias(layer, twin.get_submodule(path), weights)
+            _add_bias(layer, module, weights)
         elif isinstance(layer, ModulesToSaveWrapper):
-            _add_saved(layer.modules_to_save, twin.get_submodule(path), weights, policy)
+            _add_saved(layer.modules_to_save, module, weights, policy)
         elif isinstance(layer, TrainableTokensWrapper):
-            _add_rows(layer.token_adapter, twin.get_submodule(path), weights)
+            _add_rows(layer.token_adapter, module, weights)
+
+
+def _twin_of(path: str, twin: nn.Module) -> Any:
+    """Return the plain module at a path inside PEFT's wrappers; None for parts of a wrapper."""
+    plain = path.replace(".base_layer", "")
+    return dict(twin.named_modules()).get(plain)
 
 
 def _add_bias(layer: LoraLayer, module: nn.Module, weights: Mapping[str, float]) -> None:
