@@ -233,7 +233,7 @@ def _refused() -> list[Cell]:
             group,
             "DoRA",
             both={"use_dora": True},
-            **refused("use_dora=True", "peft_himerge.densify("),
+            **refused("use_dora=True", "peft_himerge.densify"),
         ),
         Cell(group, "trained biases", setup="biases", **refused("bias='all'", "bias='none'")),
         Cell(

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from matrix.cells import WAYS, Cell, Outcome, Refused, cells
+from matrix.cells import MERGED, WAYS, Cell, Outcome, Refused, cells
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- matrix -->\n", "\n<!-- end of the matrix -->"
@@ -34,16 +34,18 @@ def _said(outcome: Outcome) -> str:
     return f"refused: `{outcome.fix}`" if isinstance(outcome, Refused) else outcome
 
 
+def _row(cell: Cell) -> list[str]:
+    said = [_said(cell.outcome(way)) if way in cell.ways else "" for way in WAYS]
+    repeated = [one == before != MERGED and bool(one) for before, one in pairwise(said)]
+    return ["the same" if same else one for same, one in zip([False, *repeated], said, strict=True)]
+
+
 def render() -> str:
     """Return README's section: one row per group and outcome."""
     lines = [_INTRO, f"| | kind | {' | '.join(f'`{way}`' for way in WAYS)} |"]
     lines.append("| --- | --- " + "| --- " * len(WAYS) + "|")
 
-    def key(cell: Cell) -> tuple[str, ...]:
-        said = (_said(cell.outcome(way)) if way in cell.ways else "" for way in WAYS)
-        return (cell.group, *said)
-
-    for (group, *said), same in groupby(cells(), key):
+    for (group, *said), same in groupby(cells(), lambda cell: (cell.group, *_row(cell))):
         labels = "; ".join(cell.label for cell in same)
         lines.append(f"| {group} | {labels} | {' | '.join(said)} |")
     return "\n".join(lines)
