@@ -8,7 +8,9 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from .callback import HiMergeCallback as HiMergeCallback
     from .config import HiMergeConfig as HiMergeConfig
+    from .densify import densify as densify
     from .errors import HiMergeError as HiMergeError
+    from .focus import focus_adapters as focus_adapters
     from .hi import apply_plan as apply_plan
     from .hi import merge_adapters_hi as merge_adapters_hi
     from .hi import score_plans as score_plans
@@ -31,6 +33,8 @@ __all__ = [
     "MergeResult",
     "add_weighted_adapter",
     "apply_plan",
+    "densify",
+    "focus_adapters",
     "list_methods",
     "merge_adapters",
     "merge_adapters_hi",
@@ -51,6 +55,8 @@ _HOMES = _MappingProxyType(
         "MergeResult": "result",
         "add_weighted_adapter": "weighted",
         "apply_plan": "hi",
+        "densify": "densify",
+        "focus_adapters": "focus",
         "list_methods": "merging",
         "merge_adapters": "merging",
         "merge_adapters_hi": "hi",

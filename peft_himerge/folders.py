@@ -212,9 +212,10 @@ _LINEAR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.w
 _EMBEDDING = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<side>[AB])")
 _WHAT: Mapping[str, str] = MappingProxyType(
     {
-        "lora_magnitude_vector": "a DoRA magnitude: DoRA is not scaling * B @ A; train with "
-        "use_dora=False",
-        "lora_B.bias": "a bias of B (lora_bias=True), which is not supported yet",
+        "lora_magnitude_vector": "a DoRA magnitude: DoRA is not scaling * B @ A; make plain LoRA "
+        "of it with the base at hand (peft_himerge.densify)",
+        "lora_B.bias": "a bias of B (lora_bias=True), which is no low-rank delta; load the "
+        "adapters into a model and use merge_adapters",
         "trainable_tokens": "trained token rows, which are not a low-rank delta",
         "token_adapter": "trained token rows, which are not a low-rank delta",
         "modules_to_save": "a full copy of a module, which is not a low-rank delta",
@@ -295,6 +296,12 @@ def _pair_up(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
         )
     if not sides:
         raise AdapterError(f"adapter {name!r}: the file holds no factors.")
+    wrapped = next((module for module in sides if "base_layer" in module.split(".")), None)
+    if wrapped is not None:  # the output projection, which PEFT adapts along
+        raise AdapterError(
+            f"adapter {name!r}, module {wrapped!r}: nn.MultiheadAttention is not supported; leave "
+            f"it out of the adapter and target nn.Linear modules."
+        )
     pairs = {}
     for module, pair in sides.items():
         wanted = ("Ae", "Be") if module in embeddings else ("A", "B")
@@ -339,7 +346,10 @@ def _factors(
         raise AdapterError(f"{where}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit.")
     if a.ndim > 2:
         if any(size != 1 for size in b.shape[2:]) or b.shape[1] != a.shape[0]:
-            raise AdapterError(f"{where}: grouped convolutions are not supported.")
+            raise AdapterError(
+                f"{where}: grouped convolutions are not supported, their delta is no product; "
+                f"leave the module out of target_modules."
+            )
         kind, kernel = "conv", tuple(a.shape[2:])
         a, b = a.flatten(1), b.flatten(1)
     if not a.shape[0] == b.shape[1] == rank:

@@ -26,6 +26,7 @@ from .plan import MergePlan
 from .probe import Probe, preserved
 from .processes import Team, together
 from .randomness import capture, install
+from .reached import Reached
 from .result import MergeResult, ModuleError
 from .run import Run
 from .scoring import EvalFn, Score, Task, check_eval_fns
@@ -104,7 +105,7 @@ def merge_adapters_hi(
         ):
             _start_alike(team, model, run.combiner, ledger)
             try:
-                with probe:
+                with probe, Reached(model, run.combiner.modules) as reached:
                     cost = run.cost()
                     engine = Engine(probe, run.tasks, run.emit, cost, ledger=ledger, team=team)
                     run.merge(engine)
@@ -117,6 +118,8 @@ def merge_adapters_hi(
                 if probe.tainted and ledger is not None:
                     ledger.journal.set_aside("tainted", str(exc))
                 raise
+        if ledger is None and team.size == 1:  # otherwise, not all scores were computed here
+            reached.warn()
         blocks = (probe.blocks.run, probe.blocks.skipped)
         result = _result(model, adapter_name, run, parts, rank, engine.done, start, blocks)
         run.emit(MergeFinished(result.plan, result.scores))

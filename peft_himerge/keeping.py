@@ -9,13 +9,11 @@ Three nets of rising price, for three kinds of harm:
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -23,24 +21,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .identity import tensor_digest
+from .randomness import put_back
 
-__all__ = ["Settings", "Snapshot", "Structure", "preserved", "set_rng_state", "watch"]
+__all__ = ["Settings", "Snapshot", "Structure", "preserved", "watch"]
 
-RngState = tuple[Any, ...]
-
-
-def _rng_state() -> RngState:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_rng_state(state: RngState) -> None:
-    """Put random states in place that a `Snapshot` took."""
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3]:
-        torch.cuda.set_rng_state_all(state[3])
+_CLASS_SAYS = object()  # an attribute that the object itself does not have
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ class Settings:
 class Snapshot:
     """Everything about a model that scoring or adding an adapter may disturb, except weights."""
 
-    rng: RngState
+    rng: tuple[Any, ...]
     settings: Settings
     grad_enabled: bool
     training: tuple[tuple[nn.Module, bool], ...]
@@ -100,7 +85,8 @@ class Snapshot:
                 active = module._active_adapter
                 copied = active if isinstance(active, str) else list(active)
                 attributes.append((module, "_active_adapter", copied))
-                attributes.append((module, "_disable_adapters", module._disable_adapters))
+                own = vars(module).get("_disable_adapters", _CLASS_SAYS)
+                attributes.append((module, "_disable_adapters", own))
             if "gradient_checkpointing" in vars(module):
                 flag = module.gradient_checkpointing
                 attributes.append((module, "gradient_checkpointing", flag))
@@ -109,7 +95,7 @@ class Snapshot:
             if owner is not None and hasattr(owner, "use_cache"):
                 attributes.append((owner, "use_cache", owner.use_cache))
         return cls(
-            _rng_state(),
+            own(),
             Settings.take(),
             torch.is_grad_enabled(),
             tuple((m, m.training) for m in model.modules()),
@@ -125,10 +111,13 @@ class Snapshot:
             parameter.requires_grad = flag
             parameter.grad = grad
         for owner, name, value in self.attributes:
-            setattr(owner, name, value)
+            if value is _CLASS_SAYS:
+                vars(owner).pop(name, None)
+            else:
+                setattr(owner, name, value)
         torch.set_grad_enabled(self.grad_enabled)
         self.settings.restore()
-        set_rng_state(self.rng)
+        put_back(self.rng)
 
     def set_gradients_aside(self) -> None:
         """Take gradients off the parameters, so that a backward pass does not add to them."""
@@ -180,25 +169,25 @@ class Structure:
         weights: dict[str, Tensor] = {}
         buffers: dict[str, Tensor] = {}
         for path, module in model.named_modules():
-            held = vars(module)
-            self._forwards.append((path, held, held.get("forward")))
+            own = vars(module)
+            self._forwards.append((path, own, own.get("forward")))
             for key, what in _TABLES:
-                table = held[key]
+                table = own[key]
                 if table and key in ("_parameters", "_buffers"):
                     values = weights if key == "_parameters" else buffers
                     values.update({f"{path}.{name}": value for name, value in table.items()})
-                    if "_hf_hook" in held:
-                        continue  # an offloaded weight is another object after every call
+                    if "_hf_hook" in own or not all(map(_plain, table.values())):
+                        continue  # offloaded and quantised weights are others after a call
                 items = _items(table) if table else _NONE
-                self._tables.append((path, what, held, key, table, items))
+                self._tables.append((path, what, own, key, table, items))
             if isinstance(module, _ADAPTED):
-                for key, value in held.items():
+                for key, value in own.items():
                     if key not in _OWN and isinstance(value, (dict, list, set)):
-                        self._tables.append((path, _ADAPTERS, held, key, value, _items(value)))
+                        self._tables.append((path, _ADAPTERS, own, key, value, _items(value)))
         self._weights = [
             (name, weight, weight.data, weight.data_ptr(), _version(weight))
             for name, weight in weights.items()
-            if weight is not None and not weight.is_meta
+            if weight is not None and not weight.is_meta and _plain(weight)
         ]
         self._buffers = [
             (name, buffer, _copy(buffer), _version(buffer))
@@ -217,20 +206,20 @@ class Structure:
             whether the model is as it was.
         """
         found: list[str] = []
-        for path, what, held, name, table, items in self._tables:
-            now = held.get(name, _NONE)
+        for path, what, own, name, table, items in self._tables:
+            now = own.get(name, _NONE)
             if (now or items) and (key := _difference(now, items)) is not None:
-                held[name] = table
+                own[name] = table
                 _refill(table, items)
                 if what:
                     place = f"{path}.{key}" if what == _WEIGHT else path
                     found.append(f"{what} {place!r}" + (f" ({key!r})" if "of" in what else ""))
-        for path, held, forward in self._forwards:
-            if held.get("forward") is not forward:
+        for path, own, forward in self._forwards:
+            if own.get("forward") is not forward:
                 found.append(f"replaced the forward of {path!r}")
-                held.pop("forward", None)
+                own.pop("forward", None)
                 if forward is not None:
-                    held["forward"] = forward
+                    own["forward"] = forward
         whole = self._put_back_values(found, copies)
         return (found[0] if found else None), whole
 
@@ -259,6 +248,13 @@ class Structure:
 
 def _copy(buffer: Tensor) -> Tensor | None:
     return buffer.detach().clone() if buffer.numel() <= _SMALL_BUFFER else None
+
+
+def _plain(tensor: Tensor | None) -> bool:
+    """Return False for a quantised weight, which its first call may pack anew (bitsandbytes)."""
+    if tensor is None or not isinstance(tensor, nn.Parameter):
+        return True
+    return type(tensor) is nn.Parameter and tensor.is_floating_point()
 
 
 def _version(tensor: Tensor) -> int:

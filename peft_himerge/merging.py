@@ -223,7 +223,7 @@ def scored(
 def _compressed(request: Request) -> dict[str, LowRank]:
     """Run the method, and compress one module after the other."""
     todo = {stack.module: stack for stack in request.stacks}
-    total = max(sum(stack.ranks) for stack in request.stacks)
+    total = max([sum(stack.ranks) for stack in request.stacks], default=0)
     parts: dict[str, LowRank] = {}
     norm = 0.0
     for module, delta in request.deltas():

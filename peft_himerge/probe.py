@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 
@@ -30,8 +31,9 @@ from .blocks import BlockMemo, find_blocks
 from .combine import Combiner, DeltaLike, Term, add_to_weight
 from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
-from .keeping import Settings, Snapshot, Structure, preserved, set_rng_state, watch
+from .keeping import Settings, Snapshot, Structure, preserved, watch
 from .plan import MergePlan
+from .randomness import put_back
 from .scoring import Score, Task, read_score
 from .threads import one_core, spread
 
@@ -40,6 +42,14 @@ __all__ = ["Probe", "Strategy", "preserved"]
 Strategy = Literal["auto", "fold", "lazy"]
 _What = tuple[Term, ...] | DeltaLike
 _SAME = 1e-6  # two scores of one state that differ by less are the same
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[object]:
+    """Run compiled modules as they are written: compiled code need not see swaps and hooks."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
 
 
 class Probe:
@@ -348,12 +358,13 @@ class Probe:
     def _called_once(self, task: Task) -> Score:
         assert self._snapshot is not None, "call() outside the context"
         self._settle()
-        set_rng_state(self._snapshot.rng)
+        put_back(self._snapshot.rng)
         self._called[task.name] = None
         settings, structure = Settings.take(), Structure(self.model)
         changed_values = watch(self.model) if self._verify else None
         try:
-            with torch.no_grad(), self.blocks.scoring(task.name, self._block_state):
+            scoring = self.blocks.scoring(task.name, self._block_state)
+            with torch.no_grad(), _eager(self.model), scoring:
                 raw = task.fn(self.model)
         except Exception as exc:
             if hasattr(exc, "add_note") and not isinstance(exc, HiMergeError):  # Python >= 3.11

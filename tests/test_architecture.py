@@ -59,11 +59,12 @@ ROOMS: dict[str, set[str]] = {
     "lowrank": {"combine", "errors", "factors", "threads"},
     "page": {"errors", "json_file", "layers"},
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
-    "keeping": {"identity"},
+    "keeping": {"identity", "randomness"},
     "probe": {
         *("adapters", "blocks", "combine", "errors", "factors", "keeping", "plan", "randomness"),
         *("scoring", "threads"),
     },
+    "reached": {"adapters"},
     # floor 5: what stands on those
     "mixture": {"adapters", "batches", "combine", "errors", "factors", "probe"},
     "progress": {"events"},
@@ -92,7 +93,7 @@ ROOMS: dict[str, set[str]] = {
         *("plan", "scoring", "search"),
     },
     "hi": {
-        *("names", "run"),
+        *("names", "reached", "run"),
         *("adapters", "combine", "config", "conflict", "contribution", "cost", "engine"),
         *("errors", "events", "export", "factors", "identity", "journal", "layers", "ledger"),
         *("lowrank", "plan", "probe", "processes", "randomness", "result", "scoring", "search"),
@@ -103,6 +104,10 @@ ROOMS: dict[str, set[str]] = {
     "request": {
         "names",
         *("adapters", "carried", "combine", "errors", "factors", "layers", "lowrank", "methods"),
+    },
+    "densify": {
+        *("adapters", "combine", "errors", "export", "factors", "lowrank", "names", "probe"),
+        "request",
     },
     "trials": {"errors", "methods", "probe", "scoring"},
     "spool": {"checkpoint", "methods"},
@@ -175,7 +180,7 @@ ROOMS: dict[str, set[str]] = {
     # floor 9: front doors
     "__init__": {
         *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
-        *("request", "result", "tracking", "weighted"),
+        *("densify", "request", "result", "tracking", "weighted"),
     },
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
@@ -235,8 +240,8 @@ MODELS = {
     "bench",
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("keeping", "vetting"),
-    *("byhi", "carried", "merged", "merging", "mixture", "offline", "overwrite", "request"),
-    *("recipe", "result", "rounds", "sweep", "training", "weighted"),
+    *("byhi", "carried", "densify", "merged", "merging", "mixture", "offline", "overwrite"),
+    *("reached", "recipe", "request", "result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
