@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .identity import tensor_digest
-from .randomness import put_back
+from .randomness import put_back, states
 
 __all__ = ["Settings", "Snapshot", "Structure", "preserved", "watch"]
 
@@ -95,7 +95,7 @@ class Snapshot:
             if owner is not None and hasattr(owner, "use_cache"):
                 attributes.append((owner, "use_cache", owner.use_cache))
         return cls(
-            own(),
+            states(),
             Settings.take(),
             torch.is_grad_enabled(),
             tuple((m, m.training) for m in model.modules()),

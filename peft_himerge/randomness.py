@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["capture", "held", "install", "put_back"]
+__all__ = ["capture", "install", "put_back", "states"]
 
 
-def held() -> tuple[Any, ...]:
+def states() -> tuple[Any, ...]:
     """Return the states of Python's, NumPy's and torch's generators (CPU, all GPUs) as they are."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
 def put_back(state: tuple[Any, ...]) -> None:
-    """Put the states of `held` in place."""
+    """Put the states of `states` in place."""
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])

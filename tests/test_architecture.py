@@ -65,6 +65,9 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "threads"),
     },
     "reached": {"adapters"},
+    "focus": {
+        *("combine", "export", "lowrank", "methods", "mixture", "names", "probe", "request"),
+    },
     # floor 5: what stands on those
     "mixture": {"adapters", "batches", "combine", "errors", "factors", "probe"},
     "progress": {"events"},
@@ -179,7 +182,18 @@ ROOMS: dict[str, set[str]] = {
     },
     # floor 9: front doors
     "__init__": {
-        *("callback", "config", "errors", "events", "hi", "merging", "methods", "offline", "plan"),
+        *(
+            "callback",
+            "config",
+            "errors",
+            "events",
+            "focus",
+            "hi",
+            "merging",
+            "methods",
+            "offline",
+            "plan",
+        ),
         *("densify", "request", "result", "tracking", "weighted"),
     },
     "bench": {
@@ -241,7 +255,7 @@ MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("keeping", "vetting"),
     *("byhi", "carried", "densify", "merged", "merging", "mixture", "offline", "overwrite"),
-    *("reached", "recipe", "request", "result", "rounds", "sweep", "training", "weighted"),
+    *("focus", "reached", "recipe", "request", "result", "rounds", "sweep", "training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {
