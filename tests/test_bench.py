@@ -36,7 +36,7 @@ from peft_himerge.methods.registry import get_method
 ROWS, TEST = 6, 10
 SIZES = Options(rows=ROWS, test_rows=TEST, budget=8, batch_size=8, max_new_tokens=4)
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
-NAMES = ("plain_sum", "ties", "knots_ties", "hi_careful")
+NAMES = ("plain_sum", "ties", "knots_ties", "hi_careful", "hi_focused")
 
 
 def _choices(seed: int, count: int) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def test_tables_hold_ranks_shares_and_all_settings(done: Path) -> None:
         assert [line.name for line in ranked] == list(NAMES)
         ordered = sorted(ranked, key=lambda line: -line.mean)
         assert [x.rank for x in ordered] == sorted(x.rank or 0 for x in ranked)
-        assert sum(x.rank or 0 for x in ranked) == 10  # ties share: 1 + 2 + 3 + 4 whatever
+        assert sum(x.rank or 0 for x in ranked) == 15  # ties share: 1 + 2 + 3 + 4 + 5 whatever
         base = lines[0]
         assert base.name == "base"
         assert math.isnan(base.kept) or base.kept == 0.0

@@ -34,6 +34,7 @@ class Contender:
         space: where the method runs.
         hi: Hi-Merging's options, for its variants.
         most: the most adapters it can merge.
+        focus: it merges focused adapters (`focus_adapters`, on the validation prompts) instead.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Contender:
     space: str = "full"
     hi: HiMergeConfig | None = None
     most: int | None = None
+    focus: bool = False
 
 
 def _row(
@@ -54,10 +56,11 @@ def _row(
     *,
     space: str = "full",
     most: int | None = None,
+    focus: bool = False,
     **choices: tuple[Any, ...],
 ) -> Contender:
     options = MappingProxyType(choices)
-    return Contender(name, title, method, weights, options, space=space, most=most)
+    return Contender(name, title, method, weights, options, space=space, most=most, focus=focus)
 
 
 LINEUP: tuple[Contender, ...] = (
@@ -83,6 +86,8 @@ LINEUP: tuple[Contender, ...] = (
     _row("iso_cts", "Iso-CTS", "iso_cts"),
     _row("wudi", "WUDI", "wudi"),
     _row("widen", "WIDEN", "widen"),
+    _row("regmean", "RegMean (sees prompts)", "cat", (1.0,), focus=True),
+    _row("regmean_tuned", "RegMean, weights tuned", "cat", (0.7, 1.0, 1.25, 1.5), focus=True),
     Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig(variant="paper")),
     Contender(
         "hi_careful",
@@ -93,6 +98,12 @@ LINEUP: tuple[Contender, ...] = (
         "hi_joint",
         "Hi-Merging, joint (ours)",
         hi=HiMergeConfig(variant="joint"),
+    ),
+    Contender(
+        "hi_focused",
+        "Hi-Merging, joint, focused (ours)",
+        hi=HiMergeConfig(variant="joint", density=1.0),
+        focus=True,
     ),
 )
 

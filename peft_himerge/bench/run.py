@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..combine import Combiner
 from ..config import HiMergeConfig
 from ..errors import ConfigError
 from ..files import write_text
+from ..focus import focus_adapters
 from ..folders import load_peft_model
 from ..hi import merge_adapters_hi, score_plans
 from ..identity import adapter_digest, base_digest
@@ -218,6 +220,7 @@ class _Bench:
         facts = [
             *(contender.name, contender.method, contender.weights, dict(contender.choices)),
             *(contender.space, contender.hi.model_dump() if contender.hi else None),
+            *(["focused"] if contender.focus else []),
         ]
         own = [self.options.budget, self.options.guide, self.options.seed]
         self._cell(
@@ -226,12 +229,32 @@ class _Bench:
             partial(self._hi if contender.hi else self._method, names, contender),
         )
 
+    @contextmanager
+    def _taking_part(
+        self, names: tuple[str, ...], contender: Contender
+    ) -> Iterator[dict[str, str]]:
+        """Yield task -> adapter that is merged: its own, or for a while one that is focused."""
+        if not contender.focus:
+            yield {name: name for name in names}
+            return
+        made = focus_adapters(self.model, names, {n: self.tasks[n].inputs for n in names})
+        try:
+            yield made
+        finally:
+            with preserved(self.model):
+                for name in made.values():
+                    self.model.delete_adapter(name)
+
     def _method(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
         """Let a method choose its weights and options within the budget."""
+        with self._taking_part(names, contender) as adapters:
+            return self._searched(adapters, contender)
+
+    def _searched(self, adapters: Mapping[str, str], contender: Contender) -> dict[str, Any]:
         request = prepare(
             self.model,
             get_method("coefficient_search"),
-            dict.fromkeys(names, 1.0),
+            dict.fromkeys(adapters.values(), 1.0),
             options={
                 "base": contender.method,
                 "values": contender.weights,
@@ -244,13 +267,13 @@ class _Bench:
         )
         probe = Probe(self.model, Combiner(request.adapters))
         with preserved(self.model), torch.no_grad():
-            fitted = request.fit(Trials(probe, self._tasks(names, "validation")))
-            judged = Trials(probe, self._tasks(names, "test")).scores(fitted.deltas())
+            fitted = request.fit(Trials(probe, self._tasks(adapters, "validation")))
+            judged = Trials(probe, self._tasks(adapters, "test")).scores(fitted.deltas())
         assert fitted.fitted is not None
         report = dict(fitted.fitted.report)
         chosen = {"weights": report["weights"], "options": report["options"]}
         return {
-            "test": _rows(judged),
+            "test": _rows({task: judged[name] for task, name in adapters.items()}),
             "validation": report["scores"],
             "chosen": chosen,
             "scores_computed": report["scores_computed"],
@@ -258,13 +281,18 @@ class _Bench:
 
     def _hi(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
         """Run a variant of Hi-Merging; the exact result is judged, and the exported adapter."""
+        with self._taking_part(names, contender) as adapters:
+            return self._hi_merged(adapters, contender)
+
+    def _hi_merged(self, adapters: Mapping[str, str], contender: Contender) -> dict[str, Any]:
         assert contender.hi is not None
-        guides = {name: self.tasks[name].guide for name in names}
+        names = tuple(adapters)
+        guides = {new: self.tasks[name].guide for name, new in adapters.items()}
         config = contender.hi.model_copy(update={"metric": guides, "max_export_drop": None})
         found = merge_adapters_hi(
             self.model,
-            list(names),
-            {name: self.tasks[name].validation for name in names},
+            list(adapters.values()),
+            {new: self.tasks[name].validation for name, new in adapters.items()},
             adapter_name=_EXPORTED,
             config=config,
             journal=self.cells.parent / "journal",
@@ -272,23 +300,32 @@ class _Bench:
         tests = {name: self.tasks[name].test for name in names}
         try:
             exact = score_plans(
-                self.model, names, {"exact": found.plan}, tests, config=self._measured(names)
+                self.model,
+                list(adapters.values()),
+                {"exact": found.plan},
+                tests,
+                config=self._measured(names),
             )
             whole = Combiner(read_adapters(self.model, [_EXPORTED])).plan({_EXPORTED: IDENTITY})
             exported = score_plans(
                 self.model, [_EXPORTED], {"exported": whole}, tests, config=self._measured(names)
             )
         finally:
-            self.model.delete_adapter(_EXPORTED)
+            with preserved(self.model):
+                self.model.delete_adapter(_EXPORTED)
+        merged = found.states["merged"]
         edits = [c for c in found.conflicts if c.edits and c.accepted]
         return {
             "test": _rows(exact["exact"]),
             "test_exported": _rows(exported["exported"]),
-            "validation": _rows(found.states["merged"]),
+            "validation": _rows({name: merged[new] for name, new in adapters.items()}),
             "chosen": {
                 "adapters": {
-                    name: {"density": e.density, "scale": e.scale}
-                    for name, e in found.plan.adapters.items()
+                    name: {
+                        "density": found.plan.adapters[new].density,
+                        "scale": found.plan.adapters[new].scale,
+                    }
+                    for name, new in adapters.items()
                 },
                 "layers_edited": len(edits),
                 "plan": found.plan.to_dict(),
@@ -301,8 +338,9 @@ class _Bench:
     def _measured(self, names: Sequence[str]) -> HiMergeConfig:
         return HiMergeConfig(metric={name: self.tasks[name].measure for name in names})
 
-    def _tasks(self, names: Sequence[str], split: str) -> dict[str, Task]:
-        of = {name: self.tasks[name] for name in sorted(names)}
+    def _tasks(self, adapters: Mapping[str, str], split: str) -> dict[str, Task]:
+        """Return adapter -> its task, by which methods and scores know it."""
+        of = {new: self.tasks[name] for name, new in sorted(adapters.items())}
         if split == "test":
             return {n: Task(n, t.test, t.measure) for n, t in of.items()}
         return {n: Task(n, t.validation, t.guide) for n, t in of.items()}
