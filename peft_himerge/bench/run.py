@@ -286,7 +286,6 @@ class _Bench:
 
     def _hi_merged(self, adapters: Mapping[str, str], contender: Contender) -> dict[str, Any]:
         assert contender.hi is not None
-        names = tuple(adapters)
         guides = {new: self.tasks[name].guide for name, new in adapters.items()}
         config = contender.hi.model_copy(update={"metric": guides, "max_export_drop": None})
         found = merge_adapters_hi(
@@ -297,27 +296,12 @@ class _Bench:
             config=config,
             journal=self.cells.parent / "journal",
         )
-        tests = {name: self.tasks[name].test for name in names}
-        try:
-            exact = score_plans(
-                self.model,
-                list(adapters.values()),
-                {"exact": found.plan},
-                tests,
-                config=self._measured(names),
-            )
-            whole = Combiner(read_adapters(self.model, [_EXPORTED])).plan({_EXPORTED: IDENTITY})
-            exported = score_plans(
-                self.model, [_EXPORTED], {"exported": whole}, tests, config=self._measured(names)
-            )
-        finally:
-            with preserved(self.model):
-                self.model.delete_adapter(_EXPORTED)
+        exact, exported = self._judged(adapters, found.plan)
         merged = found.states["merged"]
         edits = [c for c in found.conflicts if c.edits and c.accepted]
         return {
-            "test": _rows(exact["exact"]),
-            "test_exported": _rows(exported["exported"]),
+            "test": _rows(exact),
+            "test_exported": _rows(exported),
             "validation": _rows({name: merged[new] for name, new in adapters.items()}),
             "chosen": {
                 "adapters": {
@@ -334,6 +318,25 @@ class _Bench:
             "export_error": found.export_error,
             "scores_computed": found.scores_computed,
         }
+
+    def _judged(
+        self, adapters: Mapping[str, str], plan: MergePlan
+    ) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
+        """Return test scores of the exact merge and of the exported adapter, which goes."""
+        tests = {name: self.tasks[name].test for name in adapters}
+        measured = self._measured(list(adapters))
+        try:
+            exact = score_plans(
+                self.model, list(adapters.values()), {"exact": plan}, tests, config=measured
+            )
+            whole = Combiner(read_adapters(self.model, [_EXPORTED])).plan({_EXPORTED: IDENTITY})
+            exported = score_plans(
+                self.model, [_EXPORTED], {"exported": whole}, tests, config=measured
+            )
+        finally:
+            with preserved(self.model):
+                self.model.delete_adapter(_EXPORTED)
+        return exact["exact"], exported["exported"]
 
     def _measured(self, names: Sequence[str]) -> HiMergeConfig:
         return HiMergeConfig(metric={name: self.tasks[name].measure for name in names})
