@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -27,11 +28,14 @@ def test_the_python_example_runs_as_it_stands(
     model = tiny.peft_model("llama", 2, dtype=torch.float32)
     evals = tiny.eval_fns("llama", ["en", "zh"])
     code = code.replace("scale=0.9)", "scale=0.9, max_export_drop=None)")
+    code = code.replace("density=1.0)", "density=1.0, max_export_drop=None)")
     names = {"model": model, "eval_en": evals["en"], "eval_zh": evals["zh"]}
+    names |= {f"batches_{name}": [dict(evals[name].inputs)] for name in ("en", "zh")}
     exec(compile(code, "README.md", "exec"), names)
     assert model.active_adapter == "merged"
     assert {"merged", "again", "both", "ties", "tsv"} <= set(model.peft_config)
     assert names["again"].plan == names["result"].plan
+    assert set(names["best"].plan.adapters) == {"en_focused", "zh_focused"}
     assert (tmp_path / "merged_adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -58,6 +62,7 @@ FUNCTIONS = {
     for f in (
         *(peft_himerge.merge_adapters_hi, peft_himerge.merge_adapters, peft_himerge.merge_folders),
         *(peft_himerge.add_weighted_adapter, peft_himerge.apply_plan, peft_himerge.score_plans),
+        peft_himerge.focus_adapters,
     )
 }
 
@@ -102,14 +107,24 @@ def test_the_result_table_is_the_one_the_demo_printed() -> None:
     assert printed in README
 
 
-def test_the_benchmark_table_is_made_from_the_results() -> None:
-    spec = importlib.util.spec_from_file_location("t", ROOT / "tests" / "benchmarks" / "table.py")
+def script(*place: str) -> Any:
+    """Return a script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location("script", ROOT.joinpath(*place))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_table_is_made_from_the_results() -> None:
     _, _, rest = README.partition("<!-- benchmarks -->\n")
-    assert rest.partition("\n<!-- end -->")[0] == module.render()
+    assert rest.partition("\n<!-- end -->")[0] == script("tests", "benchmarks", "table.py").render()
+
+
+def test_the_comparison_is_made_from_its_cells() -> None:
+    _, _, rest = README.partition("<!-- comparison -->\n")
+    assert rest.partition("\n<!-- end -->")[0] == script("examples", "bench", "table.py").text()
 
 
 def test_both_commands_use_the_constraints_file() -> None:
