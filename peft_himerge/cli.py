@@ -1,16 +1,18 @@
 """`himerge`: parse, call, print, exit code.
 
 0 is done. 1: the merge failed, or `check` found something. 2: bad input, that is a wrong call,
-recipe, option, adapter or data; nothing was paid for or written.
+recipe, option, adapter or data; nothing was paid for or written. 130: Ctrl-C.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from .cli_bench import bench
 from .cli_check import check
@@ -37,6 +40,7 @@ from .errors import ConfigError, HiMergeError
 from .evals import load_evals
 from .hi import merge_adapters_hi
 from .offline import FolderMerge, merge_folders
+from .outputs import owning
 from .plan import MergePlan
 from .processes import is_main
 from .progress import ProgressBar
@@ -48,8 +52,29 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands; each ends the same way when it is told to stop."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run one command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off this text
+            text = (
+                "stopped by Ctrl-C. What was being written is as it was before; a merge with a "
+                "journal, run again, goes on where it stopped."
+            )
+            Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
-    help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
+    cls=_Commands,
+    help="Merge LoRA adapters by Hi-Merging.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 app.command()(bench)
 app.command()(check)
@@ -97,12 +122,14 @@ def merge(
     if base is None or evals is None:
         _merge_unscored(folders, out, config, name, {"--base": base, "--eval": evals}, merged)
         return
-    result = _merge_scored(folders, base, evals, config, name, journal)
-    if not is_main():  # of several processes that made this merge together
-        return
-    result.save(out, sources=folders)
-    if merged is not None:
-        result.save_merged(base, merged)
+    # Of several processes that make this merge together only the main one writes.
+    with owning(out) if is_main() else nullcontext():
+        result = _merge_scored(folders, base, evals, config, name, journal)
+        if not is_main():
+            return
+        result.save(out, sources=folders)
+        if merged is not None:
+            result.save_merged(base, merged)
     screen = Console()
     print_conflicts(screen, result)
     print_scores(screen, result)

@@ -33,8 +33,8 @@ __all__ = [
     "approximate",
     "iter_approximate",
     "merge_in_place",
-    "save_adapter",
     "stored_dtype",
+    "write_adapter",
 ]
 
 WEIGHTS = "adapter_model.safetensors"
@@ -209,18 +209,12 @@ def _targets(model: PeftModel, modules: list[str]) -> list[str]:
     return sorted(short)
 
 
-def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
-    """Write one adapter of `model` to `folder` in PEFT's layout, flat, and return the folder.
-
-    The config is written last: a folder with a config is a whole adapter.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+def write_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    """Write one adapter of `model` to an empty folder in PEFT's layout, flat."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    with replacing(target / WEIGHTS) as beside:
+    with replacing(folder / WEIGHTS) as beside:
         save_file(tensors, str(beside), metadata={"format": "pt"})
-        (target / "adapter_config.json").unlink(missing_ok=True)  # weights are whole by now
     usual = LoraConfig().to_dict()
     fields = {
         field: value
@@ -228,8 +222,7 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
         if field in _LASTING or value != usual.get(field)
     }
     text = json.dumps(fields, indent=2, sort_keys=True, default=_plain)
-    write_text(target / "adapter_config.json", text + "\n")
-    return target
+    write_text(folder / "adapter_config.json", text + "\n")
 
 
 def _plain(value: object) -> object:

@@ -21,6 +21,7 @@ from .errors import AdapterError, ConfigError, suggest
 from .factors import Adapter
 from .methods.registry import MethodInfo
 from .methods.stack import Delta
+from .outputs import owning, publishing
 from .result import MergeResult, ModuleError
 from .spool import waiting
 
@@ -99,7 +100,7 @@ class AdapterMerge:
         """Write the merged adapter in PEFT's layout, report.json and the model card README.md.
 
         Args:
-            folder: created if it is not there; files of these names are replaced.
+            folder: created if it is not there; files of these names are replaced, all or none.
             sources: adapter -> folder it was loaded from, as far as you like: licences that their
                 model cards name go into ours.
 
@@ -108,15 +109,17 @@ class AdapterMerge:
 
         Raises:
             ConfigError: `sources` names another adapter.
+            OutputError: the folder is in use or cannot be written; it is as it was.
         """
         licences = card.licences_of(sources, self._sources)
-        target = Path(folder)
         facts = self.to_dict()
         text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
-        files.write_text(target / "report.json", text + "\n")
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        files.write_text(target / "README.md", card.render_card(facts, base, licences))
-        return export.save_adapter(self.model, self.adapter_name, target)
+        with publishing(folder) as new:
+            files.write_text(new / "report.json", text + "\n")
+            files.write_text(new / "README.md", card.render_card(facts, base, licences))
+            export.write_adapter(self.model, self.adapter_name, new)
+        return Path(folder)
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
         """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
@@ -137,9 +140,7 @@ class AdapterMerge:
                 f"base weights. Use model.merge_and_unload() for them."
             )
         combiner = Combiner([adapter for adapter, _ in self._sources.values()])
-        parent = Path(folder).absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent) as spool:
+        with owning(folder), tempfile.TemporaryFile(dir=folder) as spool:
             blocks = waiting(self._deltas, spool)
             return checkpoint.save_checkpoint(base, combiner, blocks, folder)
 

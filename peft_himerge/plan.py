@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import PlanError, suggest
+from .files import write_text
 
 __all__ = ["DROP", "IDENTITY", "PRUNE_SCOPES", "Edit", "MergePlan"]
 
@@ -280,7 +281,7 @@ class MergePlan:
         """Return the plan as JSON text, and write it to `path` if one is given."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(Path(path), text)
         return text
 
     @classmethod

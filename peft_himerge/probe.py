@@ -33,6 +33,7 @@ from .blocks import BlockMemo, find_blocks
 from .combine import Combiner, DeltaLike, Term, add_to_weight
 from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
+from .interrupts import heard
 from .plan import MergePlan
 from .scoring import Score, Task, read_score
 from .threads import one_core, spread
@@ -118,8 +119,8 @@ class Probe:
     """Shows plans in the live model and scores them there; a context manager.
 
     Inside the context the model is in eval mode with every adapter switched off and the shown
-    plan's deltas in place. On leaving, also by an exception or Ctrl-C, everything is as before:
-    the same parameter objects, flags, modes, active adapters and RNG states.
+    plan's deltas in place. On leaving, also by an exception, all is as before: the same parameter
+    objects, flags, modes, active adapters, RNG states; `interrupts.held` sees to Ctrl-C.
 
     Args:
         model: the user's model.
@@ -373,7 +374,8 @@ class Probe:
         before = self._versions()
         with torch.no_grad(), self.blocks.scoring(task.name, self._block_state):
             try:
-                raw = task.fn(self.model)
+                with heard():
+                    raw = task.fn(self.model)
             except HiMergeError:
                 raise
             except Exception as exc:
@@ -390,8 +392,5 @@ class Probe:
 
     def _versions(self) -> dict[str, tuple[int, int, int]]:
         # An offloaded weight is on the meta device between forward calls: a new object every time.
-        return {
-            name: (id(p), p.data_ptr(), p._version)
-            for name, p in self.model.named_parameters()
-            if not p.is_meta
-        }
+        named = [(name, p) for name, p in self.model.named_parameters() if not p.is_meta]
+        return {name: (id(p), p.data_ptr(), p._version) for name, p in named}

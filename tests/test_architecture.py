@@ -19,12 +19,15 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 ROOMS: dict[str, set[str]] = {
     # floor 0: the exception tree
     "errors": set(),
+    "files": set(),
+    "interrupts": set(),
+    "shards": set(),
     # floor 1: nouns that know nothing of each other
     "layers": {"errors"},
-    "plan": {"errors"},
+    "plan": {"errors", "files"},
     "scoring": {"errors"},
+    "outputs": {"errors", "files"},
     "threads": {"errors"},
-    "files": {"errors"},
     "names": {"errors"},
     "portable": {"errors"},
     "randomness": {"errors"},
@@ -57,18 +60,18 @@ ROOMS: dict[str, set[str]] = {
     "ledger": {"errors", "factors", "identity", "journal", "plan", "randomness", "scoring"},
     "probe": {
         *("adapters", "blocks", "combine", "errors", "factors", "plan", "randomness"),
-        *("scoring", "threads"),
+        *("interrupts", "scoring", "threads"),
     },
     # floor 5: what stands on those
-    "mixture": {"adapters", "batches", "combine", "errors", "factors", "probe"},
+    "mixture": {"adapters", "batches", "combine", "errors", "factors", "interrupts", "probe"},
     "progress": {"events"},
     "tables": {"report", "result"},
     "geometry": {"combine", "factors", "layers", "lowrank", "threads"},
     "export": {"adapters", "combine", "errors", "files", "lowrank", "plan", "threads"},
-    "checkpoint": {"combine", "errors", "factors", "files"},
+    "checkpoint": {"combine", "errors", "factors", "outputs", "shards"},
     "methods": {
         *("adapters", "combine", "errors", "factors", "layers", "lowrank", "plan", "select"),
-        *("batches", "mixture", "sampler", "scoring", "threads"),
+        *("batches", "files", "mixture", "sampler", "scoring", "threads"),
     },
     "engine": {
         *("blocks", "combine", "cost", "errors", "events", "identity", "journal", "ledger"),
@@ -79,15 +82,15 @@ ROOMS: dict[str, set[str]] = {
     "result": {
         *("adapters", "card", "checkpoint", "files", "geometry", "page"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
-        *("scoring", "search"),
+        *("outputs", "scoring", "search"),
     },
     # floor 7: the one loop, which asks all rooms below but the built-in eval functions
     "run": {
         *("combine", "config", "conflict", "contribution", "cost", "engine", "errors", "events"),
-        *("plan", "scoring", "search"),
+        *("interrupts", "plan", "scoring", "search"),
     },
     "hi": {
-        *("names", "run"),
+        *("interrupts", "names", "run"),
         *("adapters", "combine", "config", "conflict", "contribution", "cost", "engine"),
         *("errors", "events", "export", "factors", "identity", "journal", "layers", "ledger"),
         *("lowrank", "plan", "probe", "processes", "randomness", "result", "scoring", "search"),
@@ -103,7 +106,7 @@ ROOMS: dict[str, set[str]] = {
     "spool": {"checkpoint", "methods"},
     "merged": {
         *("card", "checkpoint", "combine", "errors", "export", "factors", "files", "methods"),
-        *("result", "spool"),
+        *("outputs", "result", "spool"),
     },
     "byhi": {
         *("adapters", "config", "errors", "hi", "merged", "methods", "overwrite", "result"),
@@ -112,7 +115,7 @@ ROOMS: dict[str, set[str]] = {
     "merging": {
         *("adapters", "byhi", "carried", "combine", "errors", "export", "factors", "layers"),
         *("lowrank", "merged", "methods", "mixture", "overwrite", "plan", "probe", "request"),
-        *("result", "scoring", "trials"),
+        *("interrupts", "result", "scoring", "trials"),
     },
     "weighted": {
         *("adapters", "byhi", "carried", "config", "errors", "hi", "lowrank", "merged"),
@@ -133,7 +136,7 @@ ROOMS: dict[str, set[str]] = {
         *("scoring", "tracking", "training"),
     },
     "offline": {
-        *("card", "files"),
+        *("card", "files", "outputs", "shards"),
         *("adapters", "combine", "config", "errors", "export", "factors", "folders", "geometry"),
         *("lowrank", "plan", "report", "result"),
     },
@@ -143,7 +146,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "recipe": {
         *("adapters", "carried", "config", "errors", "evals", "events", "factors", "files"),
-        *("folders", "hi", "merging", "methods", "names", "offline", "preview", "probe"),
+        *("folders", "hi", "merging", "methods", "names", "offline", "outputs", "preview"),
+        "probe",
         *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
     },
     # floor 9: front doors
@@ -153,7 +157,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "folders", "hi"),
-        *("identity", "methods", "plan", "probe", "request", "result", "scoring", "trials"),
+        *("identity", "methods", "outputs", "plan", "probe", "request", "result"),
+        *("scoring", "trials"),
     },
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
@@ -165,12 +170,12 @@ ROOMS: dict[str, set[str]] = {
         *("cli_bench", "cli_check", "cli_recipe", "recipe"),
         *("config", "cost", "demo", "errors", "evals", "events", "folders", "hi", "merging"),
         *("methods", "offline", "plan", "progress", "report", "result"),
-        *("cli_report", "preview", "processes", "sweep", "tables"),
+        *("cli_report", "outputs", "preview", "processes", "sweep", "tables"),
     },
     "cli_report": {"errors", "files", "page"},
     "__main__": {"cli"},
     "demo": {
-        "folders",
+        *("folders", "outputs"),
         *("config", "errors", "evals", "files", "hi", "plan", "progress", "result"),
         *("scoring", "tables"),
     },
@@ -181,7 +186,9 @@ TYPES_ONLY = {
 }
 
 NO_TORCH = {
+    "files",
     "names",
+    "outputs",
     "yaml_file",
     "card",
     "portable",
@@ -234,7 +241,8 @@ DOORS: dict[str, set[str]] = {
     "pydantic": {"config", "page", "recipe"},
     "jinja2": {"page"},
     "plotly": {"page"},
-    "psutil": {"probe"},
+    "psutil": {"files", "probe"},
+    "filelock": {"outputs"},
     "optuna": {"sampler"},
     "yaml": {"card", "recipe", "yaml_file"},
     "pandas": {"contribution"},

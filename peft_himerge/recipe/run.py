@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..folders import load_peft_model
 from ..hi import merge_adapters_hi
 from ..merging import AdapterMerge, merge_adapters
 from ..offline import FolderMerge, merge_folders
+from ..outputs import owning
 from ..processes import is_main
 from ..report import markdown_table
 from ..result import MergeResult, save_page
@@ -64,6 +65,7 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
 
     Raises:
         RecipeError: `examine` found faults; nothing was loaded or written.
+        OutputError: `out` is in use by another process, or cannot be written.
         BudgetError: the merge took longer than budget.seconds.
         HiMergeError: the merge failed; see `merge_adapters_hi` and `merge_adapters`.
     """
@@ -71,6 +73,12 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
     if examined.faults:
         raise RecipeError(recipe.file, examined.faults)
     out = recipe.place(recipe.out)
+    with owning(out) if is_main() else nullcontext():
+        return _run(examined, out, listeners)
+
+
+def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged:
+    recipe = examined.recipe
     if recipe.is_hi and not recipe.is_scored:
         config = hi_config(recipe)
         done: Any = merge_folders(recipe.folders, out, config=config, adapter_name=recipe.name)
