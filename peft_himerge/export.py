@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -214,7 +215,10 @@ def write_adapter(model: PeftModel, name: str, folder: Path) -> None:
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     with replacing(folder / WEIGHTS) as beside:
-        save_file(tensors, str(beside), metadata={"format": "pt"})
+        try:
+            save_file(tensors, str(beside), metadata={"format": "pt"})
+        except SafetensorError as exc:  # for example a full disk
+            raise OSError(str(exc)) from exc
     usual = LoraConfig().to_dict()
     fields = {
         field: value

@@ -21,7 +21,7 @@ from .errors import AdapterError, ConfigError, suggest
 from .factors import Adapter
 from .methods.registry import MethodInfo
 from .methods.stack import Delta
-from .outputs import owning, publishing
+from .outputs import owning, publishing, told
 from .result import MergeResult, ModuleError
 from .spool import waiting
 
@@ -140,7 +140,7 @@ class AdapterMerge:
                 f"base weights. Use model.merge_and_unload() for them."
             )
         combiner = Combiner([adapter for adapter, _ in self._sources.values()])
-        with owning(folder), tempfile.TemporaryFile(dir=folder) as spool:
+        with owning(folder), told(Path(folder)), tempfile.TemporaryFile(dir=folder) as spool:
             blocks = waiting(self._deltas, spool)
             return checkpoint.save_checkpoint(base, combiner, blocks, folder)
 

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from .errors import HiMergeError, OutputError
 from .files import SCRATCH, sync
 
-__all__ = ["LOCK", "owning", "publishing"]
+__all__ = ["LOCK", "owning", "publishing", "told"]
 
 LOCK = ".himerge.lock"
 """Inside a folder while a process writes there; it holds that process's number and machine."""
@@ -31,6 +31,25 @@ LOCK = ".himerge.lock"
 _NEW, _READY = ".himerge-new", ".himerge-ready"
 _CONFIGS = frozenset({"adapter_config.json", "config.json"})
 _OWNED: set[tuple[int, Path]] = set()  # (thread, folder): inside, the same thread may own it again
+
+
+@contextmanager
+def told(target: Path) -> Iterator[None]:
+    """Make an OSError inside say which folder could not be written, and what to do.
+
+    Raises:
+        OutputError: instead of the OSError.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if isinstance(exc, (HiMergeError, Timeout)):
+            raise
+        what = f"{str(target)!r} cannot be written: {exc}."
+        if (target / _READY).is_dir():
+            what += f" The new files are whole, in {str(target / _READY)!r}."
+            raise OutputError(f"{what} Writing there again moves them to their places.") from exc
+        raise OutputError(f"{what} It is as it was. Make room, or choose another folder.") from exc
 
 
 @contextmanager
@@ -52,12 +71,12 @@ def owning(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
     if key in _OWNED:
         yield
         return
-    with _told(target):
+    with told(target):
         made = _make(target)
     try:
         with _locked(target, wait):
             _OWNED.add(key)
-            with _told(target):
+            with told(target):
                 _clear(target)
             yield
     finally:
@@ -77,7 +96,7 @@ def publishing(folder: str | Path) -> Iterator[Path]:
         OutputError: as `owning`; or the disk is full, or went away.
     """
     target = Path(folder)
-    with owning(target), _told(target):
+    with owning(target), told(target):
         new = target / _NEW
         new.mkdir()
         try:
@@ -127,13 +146,13 @@ def _locked(target: Path, wait: bool) -> Iterator[None]:
     path = target / LOCK
     lock = FileLock(path)
     try:
-        with _told(target):
+        with told(target):
             lock.acquire(blocking=wait)
     except Timeout:
         raise OutputError(_in_use(target)) from None
     try:
         if sys.platform != "win32":  # where nobody else may read or remove a locked file
-            with _told(target):
+            with told(target):
                 path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
@@ -153,18 +172,3 @@ def _in_use(target: Path) -> str:
         f"{str(target)!r} is being written by {owner or 'another process'}. Wait until it is done, "
         f"stop it, or write to another folder."
     )
-
-
-@contextmanager
-def _told(target: Path) -> Iterator[None]:
-    """Say which folder it was that could not be written, and what to do."""
-    try:
-        yield
-    except OSError as exc:
-        if isinstance(exc, (HiMergeError, Timeout)):
-            raise
-        what = f"{str(target)!r} cannot be written: {exc}."
-        if (target / _READY).is_dir():
-            what += f" The new files are whole, in {str(target / _READY)!r}."
-            raise OutputError(f"{what} Writing there again moves them to their places.") from exc
-        raise OutputError(f"{what} It is as it was. Make room, or choose another folder.") from exc
