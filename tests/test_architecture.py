@@ -119,7 +119,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "weighted": {
         *("adapters", "byhi", "carried", "config", "errors", "hi", "lowrank", "merged"),
-        *("merging", "methods", "overwrite", "probe", "request", "result", "scoring"),
+        *("interrupts", "merging", "methods", "overwrite", "probe", "request", "result"),
+        "scoring",
     },
     # floor 8: merges inside a training run, and who listens to them
     "guests": {"adapters", "errors", "folders"},
