@@ -133,7 +133,7 @@ class BlockMemo:
     def __exit__(self, *_: object) -> None:
         for module, previous in reversed(self._undo):
             if previous is None:
-                del module.forward
+                vars(module).pop("forward", None)
             else:
                 module.forward = previous
         self._undo.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,13 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
 from .errors import ConfigError, suggest
-from .report import markdown_table, render_markdown
+from .report import render_markdown
 
 __all__ = ["licences_of", "render_card"]
 
 _HI = ("Hi-Merging", "https://arxiv.org/abs/2506.12379")
+_MOST_BYTES = 1 << 22  # of a card
+_LONGEST = 200  # characters of a licence, and of a name
 _UNREADABLE = "unknown (its model card cannot be read)"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -38,19 +39,29 @@ def licences_of(
         if name not in names:
             raise ConfigError(f"sources names {name!r}.{suggest(str(name), names)}")
         card = Path(folder) / "README.md" if Path(folder).is_dir() else Path(folder)
-        if not card.exists():
+        if not card.is_file():
             continue
         try:
-            fields = metadata_load(card) or {}
-        except (ValueError, YAMLError):  # a merge of hours is not lost over a comma
-            found[name] = _UNREADABLE
-            continue
-        licence = fields.get("license")
-        if licence == "other":
-            licence = fields.get("license_name") or licence
+            licence = _licence(card)
+        except (OSError, ValueError, RecursionError, YAMLError):
+            licence = _UNREADABLE  # a merge of hours is not lost over a comma
         if licence:
-            found[name] = ", ".join(licence) if isinstance(licence, list) else str(licence)
+            found[name] = licence
     return found
+
+
+def _licence(card: Path) -> str | None:
+    """Return what a model card's metadata says, which is anyone's text."""
+    if card.stat().st_size > _MOST_BYTES:
+        raise ValueError("too large")
+    fields = metadata_load(card) or {}
+    licence = fields.get("license")
+    if licence == "other":
+        licence = fields.get("license_name") or licence
+    names = licence if isinstance(licence, list) else [] if licence is None else [licence]
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ValueError("no names")
+    return ", ".join(names)[:_LONGEST]
 
 
 def render_card(
@@ -70,7 +81,7 @@ def render_card(
     licences = licences or {}
     known = {name: licence for name, licence in licences.items() if licence != _UNREADABLE}
     common = set(known.values()) if set(known) >= set(sources) else set()
-    on_hub = base is not None and _HUB_NAME.fullmatch(base) is not None
+    on_hub = base is not None and len(base) <= _LONGEST and bool(_HUB_NAME.fullmatch(base))
     data = ModelCardData(
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
@@ -81,32 +92,17 @@ def render_card(
     text = f"# {facts['adapter_name']}\n\nA LoRA adapter merged from\n\n"
     text += "\n".join(_source(name, digest, licences) for name, digest in sources.items())
     text += f"\n\nby {title}" + (f" ([paper]({url}))" if url else "")
-    text += " with `peft_himerge`, without training or training data. "
-    if method:
-        story = "`report.json` holds every number.\n\n" + _method_story(facts)
-    else:
+    # Learned coefficients (AdaMerging) and statistics (RegMean) are of examples.
+    learned = "examples" in facts.get("fitted", {})
+    text += " with `peft_himerge`, "
+    text += "on examples of the tasks. " if learned else "without training or training data. "
+    story = "`report.json` holds every number.\n"
+    if not method:
         story = "`plan.json` holds every decision and rebuilds it.\n"
-        story += render_markdown(facts).split("\n", 1)[1]
+    story += render_markdown(facts).split("\n", 1)[1]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{story}"))
 
 
 def _source(name: str, digest: str, licences: Mapping[str, str]) -> str:
     licence = f", licence {licences[name]}" if name in licences else ""
     return f"- `{name}`, digest `{digest[:16]}`{licence}"
-
-
-def _method_story(facts: Mapping[str, Any]) -> str:
-    method, export = facts["method"], facts["export"]
-    weights = [[name, f"{value:g}"] for name, value in facts["weights"].items()]
-    given = {**facts["options"], "space": facts["space"], "seed": facts["seed"]}
-    options = [[key, json.dumps(value, default=str)] for key, value in given.items()]
-    parts = [
-        "## Method",
-        f"`{method['name']}`, after {method['variant']}, on the true deltas scaling * B @ A.",
-        markdown_table(["adapter", "weight"], weights),
-        markdown_table(["option", "value"], options),
-        "## Export",
-        f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}.",
-        *(f"- {note}" for note in facts["notes"]),
-    ]
-    return "\n\n".join(parts) + "\n"

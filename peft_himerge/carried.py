@@ -4,6 +4,7 @@
     trainable_token_indices   trained rows of an embedding: their changes are added up like deltas
     lora_bias                 a bias behind B: added up like deltas
     alora_invocation_tokens   when the adapter is active: the same for all, or refused
+    target_parameters         factors of bare parameters (fused experts): summed expert by expert
 
 Nothing is dropped quietly: what this room can't carry, `adapters` refuses by name.
 """
@@ -17,15 +18,21 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from .adapters import lora_layers
+from .adapters import check_values, lora_layers
 from .errors import AdapterError, ConfigError, suggest
 
 __all__ = ["FIELDS", "Carried", "SavedPolicy", "carried_of", "fill"]
 
-FIELDS = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "lora_bias")
+FIELDS = (
+    *("modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "lora_bias"),
+    "target_parameters",
+)
+# Where PEFT keeps it: parts of parameter names.
+_PLACES = frozenset({"modules_to_save", "trainable_tokens_delta"})
 SavedPolicy = Literal["error", "sole", "first", "average"]
 
 
@@ -38,12 +45,14 @@ class Carried:
         names: the adapters, in the user's order.
         weights: their weights.
         policy: what happens to modules_to_save.
+        rank: the rank that holds the sum of the experts' factors; 0 if there are none.
     """
 
     settings: Mapping[str, Any]
     names: tuple[str, ...]
     weights: tuple[float, ...]
     policy: SavedPolicy
+    rank: int = 0
 
 
 def carried_of(
@@ -61,7 +70,8 @@ def carried_of(
 
     Raises:
         ConfigError: no such policy, or "average" with weights that cancel.
-        AdapterError: an adapter holds what the policy refuses, or settings don't agree.
+        AdapterError: an adapter holds what the policy refuses, or NaN or infinity, or settings
+            don't agree.
     """
     if policy not in get_args(SavedPolicy):
         hint = suggest(str(policy), get_args(SavedPolicy))
@@ -70,7 +80,7 @@ def carried_of(
     settings: dict[str, Any] = {}
     _invocation(configs, settings)
     for name, config in configs.items():
-        for field in ("modules_to_save", "trainable_token_indices", "lora_bias"):
+        for field in (f for f in FIELDS if f != "alora_invocation_tokens"):
             if policy == "error" and getattr(config, field, None):
                 raise AdapterError(
                     f"adapter {name!r} uses {field}={getattr(config, field)!r}, which is not a "
@@ -86,7 +96,25 @@ def carried_of(
         settings["trainable_token_indices"] = _all_tokens(tokens)
     if any(getattr(config, "lora_bias", False) for config in configs.values()):
         settings["lora_bias"] = True
-    return Carried(settings, tuple(names), tuple(weights), policy)  # type: ignore[arg-type]
+    bare = [getattr(config, "target_parameters", None) or () for config in configs.values()]
+    if any(bare):
+        settings["target_parameters"] = sorted({name for one in bare for name in one})
+    _check_values(model, names)
+    rank = max([sum(layer.r.get(n, 0) for n in names) for layer in _experts(model)], default=0)
+    return Carried(settings, tuple(names), tuple(weights), policy, rank)  # type: ignore[arg-type]
+
+
+def _check_values(model: PeftModel, names: Sequence[str]) -> None:
+    """Refuse NaN and infinity in what is carried over, which the reader of factors never sees."""
+    for path, parameter in model.named_parameters():
+        parts = set(path.split("."))
+        found = [name for name in names if name in parts]
+        if found and (parts & _PLACES or {"lora_B", "bias"} <= parts):
+            check_values(f"adapter {found[0]!r}", **{path: parameter})
+    for layer in _experts(model):
+        for name in (n for n in names if n in layer.r):
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            check_values(f"adapter {name!r}, parameter {layer.parameter_name!r}", A=a, B=b)
 
 
 def _invocation(configs: Mapping[str, Any], settings: dict[str, Any]) -> None:
@@ -145,6 +173,38 @@ def fill(model: PeftModel, name: str, carried: Carried) -> None:
     if carried.settings.get("lora_bias"):
         for layer in lora_layers(model).values():
             _fill_bias(layer, name, carried)
+    for layer in _experts(model):
+        if name in layer.r:
+            _fill_experts(layer, name, carried)
+
+
+def _experts(model: PeftModel) -> list[Any]:
+    """Return the layers around bare parameters."""
+    return [layer for layer in lora_layers(model).values() if isinstance(layer, ParamWrapper)]
+
+
+def _fill_experts(layer: Any, name: str, carried: Carried) -> None:
+    """Stack the factors of each expert: sum_i w_i * s_i * B_i @ A_i is one product of them.
+
+    PEFT's layout (`ParamWrapper.get_delta_factors`): A (experts * rank, in), experts first; B
+    (out, rank * experts), experts last.
+    """
+    holders = layer.lora_A[name], layer.lora_B[name]
+    width, out, count = layer.in_features, layer.out_features, layer.num_experts
+    a = torch.zeros(count, layer.r[name], width, dtype=torch.float64)
+    b = torch.zeros(out, layer.r[name], count, dtype=torch.float64)
+    dtype, done = holders[0].weight.dtype, 0
+    for source, weight in zip(carried.names, carried.weights, strict=True):
+        if source in layer.r:
+            own, rank = layer.lora_A[source].weight, layer.r[source]
+            dtype = own.dtype if done == 0 else torch.promote_types(dtype, own.dtype)
+            a[:, done : done + rank] = own.reshape(count, rank, width)
+            other = layer.lora_B[source].weight.double().reshape(out, rank, count)
+            b[:, done : done + rank] = weight * layer.scaling[source] * other
+            done += rank
+    for holder, value in zip(holders, (a.flatten(0, 1), b.flatten(1)), strict=True):
+        moved = value.to(holder.weight.device, dtype)
+        holder.weight = nn.Parameter(moved, requires_grad=False)
 
 
 def _fill_saved(wrapper: Any, name: str, carried: Carried) -> None:

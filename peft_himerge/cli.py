@@ -6,8 +6,6 @@ recipe, option, adapter or data; nothing was paid for or written. 130: Ctrl-C.
 
 from __future__ import annotations
 
-import json
-import signal
 import subprocess
 import sys
 import warnings
@@ -20,12 +18,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
 
 from .cli_bench import bench
 from .cli_check import check
+from .cli_group import Commands
 from .cli_recipe import (
     Evals,
+    IncludePath,
     Overrides,
     merge_recipe,
     plan_recipe,
@@ -37,41 +36,20 @@ from .cli_recipe import (
 from .cli_report import report
 from .config import HiMergeConfig
 from .errors import ConfigError, HiMergeError
-from .evals import load_evals
-from .hi import merge_adapters_hi
-from .offline import FolderMerge, merge_folders
+from .json_file import parse_json
 from .outputs import owning
 from .plan import MergePlan
-from .processes import is_main
-from .progress import ProgressBar
-from .tables import print_conflicts, print_scores
 
+# What needs torch is imported where it is used: --help, report and check do not wait for it.
 if TYPE_CHECKING:
+    from .offline import FolderMerge
     from .result import MergeResult
     from .sweep import Outcome, Sweep
 
 __all__ = ["app", "main"]
 
-
-class _Commands(TyperGroup):
-    """The commands; each ends the same way when it is told to stop."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run one command."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would cut off this text
-            text = (
-                "stopped by Ctrl-C. What was being written is as it was before; a merge with a "
-                "journal, run again, goes on where it stopped."
-            )
-            Console(stderr=True).print(text, soft_wrap=True, highlight=False)
-            raise typer.Exit(130) from None
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="Merge LoRA adapters by Hi-Merging.",
     no_args_is_help=True,
     add_completion=False,
@@ -104,6 +82,7 @@ def merge(
     journal: Annotated[
         Path | None, typer.Option(help="Keep scores here; a killed merge, run again, goes on.")
     ] = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Merge adapters from folders and write one adapter: by a recipe, or by flags.
 
@@ -112,8 +91,9 @@ def merge(
     """
     if recipe is not None:
         recipe_alone(adapter=adapter, base=base, name=name, merged=merged, journal=journal)
-        merge_recipe(recipe, option or [], evals, out)
+        merge_recipe(recipe, option or [], evals, include_path, out)
         return
+    _needs_recipe(include_path)
     if not adapter or out is None:
         raise typer.BadParameter("give a recipe, or --adapter (once per adapter) and --out")
     config = HiMergeConfig(**_options(option or []))
@@ -122,6 +102,9 @@ def merge(
     if base is None or evals is None:
         _merge_unscored(folders, out, config, name, {"--base": base, "--eval": evals}, merged)
         return
+    from .processes import is_main
+    from .tables import print_conflicts, print_scores
+
     # Of several processes that make this merge together only the main one writes.
     with owning(out) if is_main() else nullcontext():
         result = _merge_scored(folders, base, evals, config, name, journal)
@@ -136,6 +119,14 @@ def merge(
     screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
 
 
+def _needs_recipe(include_path: Path | None) -> None:
+    if include_path is not None:
+        raise ConfigError(
+            "--include-path goes with a recipe, whose tasks it finds. Leave it out, and call "
+            "lm_eval_task(..., include_path=...) in the file of --eval."
+        )
+
+
 def _merge_scored(
     folders: Mapping[str, Path],
     base: Path,
@@ -144,7 +135,11 @@ def _merge_scored(
     name: str,
     journal: Path | None,
 ) -> MergeResult:
+    from .evals import load_evals
     from .folders import load_peft_model
+    from .hi import merge_adapters_hi
+    from .processes import is_main
+    from .progress import ProgressBar
 
     build = load_evals(evals)
     model, tokenizer = load_peft_model(base, folders)
@@ -181,6 +176,8 @@ def _merge_unscored(
         )
     if merged is not None:
         raise ConfigError("--merged needs the base model: give --base and --eval.")
+    from .offline import merge_folders
+
     _print_folder_merge(merge_folders(folders, out, config=config, adapter_name=name))
 
 
@@ -204,6 +201,8 @@ def apply(
     name: Annotated[str, typer.Option(help="Name of the merged adapter.")] = "merged",
 ) -> None:
     """Rebuild the adapter a plan describes, from adapter folders alone."""
+    from .offline import merge_folders
+
     if not plan.is_file():
         raise ConfigError(f"the plan {str(plan)!r} is not a file.")
     config = HiMergeConfig(density=1.0, scale=1.0, **_options([f"rank={rank}"]))
@@ -222,14 +221,16 @@ def plan_cost(
         list[str] | None, typer.Option(help="Name of a further task that guards the merge.")
     ] = None,
     evals: Evals = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Print what a merge would cost at most, before it is paid; nothing is scored or written."""
     from .preview import preview
 
     if recipe is not None:
         recipe_alone(adapter=adapter, base=base, guard=guard)
-        plan_recipe(recipe, option or [], evals)
+        plan_recipe(recipe, option or [], evals, include_path)
     elif adapter:
+        _needs_recipe(include_path)
         config = HiMergeConfig(**_options(option or []))
         print_cost(Console(), preview(base, _adapters(adapter), config, guard or []))
     else:
@@ -251,12 +252,14 @@ def sweep(
     ] = None,
     agent: Annotated[bool, typer.Option(help="Run one trial for W&B's agent.")] = False,
     evals: Evals = None,
+    include_path: IncludePath = None,
     worker: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Search options by many merges: here with Optuna, or as the program of a W&B sweep."""
+    from .hi import merge_adapters_hi
     from .sweep import merger, read_sweep, run_agent, run_local
 
-    wanted, model, folders, eval_fns = _sweep_parts(recipe, read_sweep(recipe), evals)
+    wanted, model, folders, eval_fns = _sweep_parts(recipe, read_sweep(recipe), evals, include_path)
     names = list(folders)
     if agent:
         run_agent(wanted, merger(model, names, eval_fns))
@@ -269,7 +272,8 @@ def sweep(
     def tell(number: int, score: float | None) -> None:
         screen.print(f"trial {number}: " + ("no score" if score is None else f"{score:.4f}"))
 
-    helpers = _start_workers(workers, recipe, study, trials, evals) if worker == 0 else []
+    further = _worker_flags(trials, evals, include_path)
+    helpers = _start_workers(workers, recipe, study, further) if worker == 0 else []
     found = run_local(wanted, merge, study=study, trials=trials, seed=worker, on_trial=tell)
     if worker > 0:
         return
@@ -285,8 +289,11 @@ def sweep(
         screen.print(f"merged adapter, plan and report: {out}", soft_wrap=True)
 
 
-def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, Any, Any, Any]:
+def _sweep_parts(
+    file: Path, wanted: Sweep, evals: Path | None, include_path: Path | None
+) -> tuple[Sweep, Any, Any, Any]:
     """Return (the sweep with all fixed options, model, adapter -> folder, eval functions)."""
+    from .evals import load_evals
     from .folders import load_peft_model
 
     if wanted.recipe is not None:
@@ -295,8 +302,9 @@ def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, 
                 f"{str(file)!r} names himerge.recipe, which says base and adapters: leave out "
                 f"himerge.base and himerge.adapters."
             )
-        options, model, folders, eval_fns = sweep_recipe(wanted.recipe, evals)
+        options, model, folders, eval_fns = sweep_recipe(wanted.recipe, evals, include_path)
         return wanted.within(options), model, folders, eval_fns
+    _needs_recipe(include_path)
     if wanted.base is None or not wanted.adapters:
         raise ConfigError(
             f"{str(file)!r} needs himerge.recipe, or himerge.base and himerge.adapters."
@@ -308,12 +316,16 @@ def _sweep_parts(file: Path, wanted: Sweep, evals: Path | None) -> tuple[Sweep, 
     return wanted, model, wanted.adapters, build(tokenizer)
 
 
+def _worker_flags(trials: int | None, evals: Path | None, include_path: Path | None) -> list[str]:
+    given = {"--trials": trials, "--eval": evals, "--include-path": include_path}
+    return [part for flag, v in given.items() if v is not None for part in (flag, str(v))]
+
+
 def _start_workers(
-    workers: int, recipe: Path, study: Path, trials: int | None, evals: Path | None
+    workers: int, recipe: Path, study: Path, further: list[str]
 ) -> list[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "peft_himerge", "sweep", str(recipe), "--study", str(study)]
-    command += [] if trials is None else ["--trials", str(trials)]
-    command += [] if evals is None else ["--eval", str(evals)]
+    command += further
     return [subprocess.Popen([*command, "--worker", str(number)]) for number in range(1, workers)]
 
 
@@ -356,8 +368,8 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         if not found:
             raise ConfigError(f"--set {pair!r}: expected KEY=VALUE, e.g. --set density=0.5.")
         try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
+            options[key] = parse_json(value)
+        except ConfigError:
             options[key] = value
     return options
 

@@ -38,6 +38,9 @@ def bench(
     ] = "smooth",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: float32, or bfloat16 (faster where the CPU has it).")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Of random masks and of the points tried.")] = 0,
     quick: Annotated[bool, typer.Option(help="A first look: fewer rows and scores.")] = False,
 ) -> None:
@@ -51,7 +54,7 @@ def bench(
 
     if quick:
         rows, test_rows, budget = min(rows, 16), min(test_rows, 32), min(budget, 8)
-    options = Options(rows, test_rows, budget, guide, batch_size, max_new_tokens, seed)
+    options = Options(rows, test_rows, budget, guide, batch_size, max_new_tokens, dtype, seed)
     if adapters is None and data is None and not setting:
         cells = run_own(out, contenders=method or (), options=options, base=base, say=typer.echo)
     elif base is None or adapters is None or data is None or not setting:

@@ -5,34 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cost import Cost
 from .errors import ConfigError
-from .offline import FolderMerge
-from .preview import Preview
-from .processes import is_main
-from .progress import ProgressBar
-from .recipe import (
-    Examined,
-    Merged,
-    RecipeError,
-    examine,
-    hi_config,
-    load_model,
-    read_recipe,
-    run_recipe,
-)
-from .result import MergeResult
-from .tables import print_conflicts, print_scores
+from .json_file import read_object
+
+# What needs torch is imported where it is used, so that --help does not wait for it.
+if TYPE_CHECKING:
+    from .cost import Cost
+    from .preview import Preview
+    from .recipe import Examined, Merged
 
 __all__ = [
     "Evals",
+    "IncludePath",
     "Overrides",
     "merge_recipe",
     "plan_recipe",
@@ -59,6 +50,15 @@ Overrides = Annotated[
         "in YAML; paths are read from the recipe's folder). Without: an option of HiMergeConfig.",
     ),
 ]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--include-path",
+        "--include_path",
+        help="With a recipe: folder with tasks of lm-evaluation-harness, which may hold code that "
+        "is run.",
+    ),
+]
 _COLORS = {"ok": "green", "warning": "yellow", "fault": "red"}
 
 
@@ -73,11 +73,19 @@ def recipe_alone(**flags: object) -> None:
 
 
 def merge_recipe(
-    path: Path, overrides: Sequence[str], evals: Path | None, out: Path | None
+    path: Path,
+    overrides: Sequence[str],
+    evals: Path | None,
+    include_path: Path | None,
+    out: Path | None,
 ) -> None:
     """Merge by a recipe, and print what came of it."""
+    from .processes import is_main
+    from .progress import ProgressBar
+    from .recipe import run_recipe
+
     given = [] if out is None else [f"out={json.dumps(str(out.absolute()))}"]
-    examined = _examined(path, [*overrides, *given], evals)
+    examined = _examined(path, [*overrides, *given], evals, include_path)
     loud = is_main()
     errors = Console(stderr=True, quiet=not loud)
     _warn(errors, examined)
@@ -90,8 +98,12 @@ def merge_recipe(
         _show(Console(), examined, done)
 
 
-def _examined(path: Path, overrides: Sequence[str], evals: Path | None) -> Examined:
-    examined = examine(read_recipe(path, overrides), evals)
+def _examined(
+    path: Path, overrides: Sequence[str], evals: Path | None, include_path: Path | None
+) -> Examined:
+    from .recipe import RecipeError, examine_file
+
+    examined = examine_file(path, overrides, evals, include_path)
     if examined.faults:
         raise RecipeError(path, examined.faults)
     return examined
@@ -104,6 +116,10 @@ def _warn(screen: Console, examined: Examined) -> None:
 
 
 def _show(screen: Console, examined: Examined, done: Merged) -> None:
+    from .offline import FolderMerge
+    from .result import MergeResult
+    from .tables import print_conflicts, print_scores
+
     result = done.result
     if isinstance(result, MergeResult):
         print_conflicts(screen, result)
@@ -123,17 +139,24 @@ def _show(screen: Console, examined: Examined, done: Merged) -> None:
     screen.print(f"merged adapter, report and recipe: {done.folder}", soft_wrap=True, markup=False)
 
 
-def plan_recipe(path: Path, overrides: Sequence[str], evals: Path | None) -> None:
+def plan_recipe(
+    path: Path, overrides: Sequence[str], evals: Path | None, include_path: Path | None
+) -> None:
     """Print what a recipe costs.
 
     Raises:
         RecipeError: it cannot be run.
     """
-    examined = _examined(path, overrides, evals)
+    examined = _examined(path, overrides, evals, include_path)
     recipe, screen = examined.recipe, Console()
     _warn(Console(stderr=True), examined)
     if examined.cost is not None:
         print_cost(screen, examined.cost)
+    elif examined.inputs:
+        rows = sum(len(made.rows) for made in examined.inputs.values())
+        screen.print(
+            f"{recipe.method}: no score decides this merge; it runs the model on {rows} rows"
+        )
     elif recipe.is_scored:
         screen.print(f"{recipe.method}: scores decide this merge; its own options say how many")
     else:
@@ -185,20 +208,29 @@ def _seconds_per_score(report: Path) -> float | None:
     if not report.is_file():
         return None
     try:
-        cost = json.loads(report.read_text(encoding="utf-8")).get("cost", {})
-    except ValueError:
+        cost = read_object(report, 1 << 28).get("cost")
+    except ConfigError:  # what stands there is about to be written anew
         return None
-    return cost["seconds"] / cost["scores"] if cost.get("scores") else None
+    if not isinstance(cost, dict):
+        return None
+    scores, seconds = cost.get("scores"), cost.get("seconds")
+    if type(scores) is not int or type(seconds) is not float or scores < 1:
+        return None
+    return seconds / scores
 
 
-def sweep_recipe(path: Path, evals: Path | None) -> tuple[dict[str, Any], Any, Any, Any]:
+def sweep_recipe(
+    path: Path, evals: Path | None, include_path: Path | None
+) -> tuple[dict[str, Any], Any, Any, Any]:
     """Return (options, model, adapter -> folder, eval functions) of a recipe that a sweep varies.
 
     Raises:
         RecipeError: it cannot be run.
         ConfigError: nothing decides its merge, so nothing can be searched.
     """
-    examined = _examined(path, (), evals)
+    from .recipe import hi_config, load_model
+
+    examined = _examined(path, (), evals, include_path)
     recipe = examined.recipe
     if not (recipe.is_hi and recipe.is_scored):
         raise ConfigError(
@@ -213,17 +245,20 @@ def validate(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes (YAML).")],
     option: Overrides = None,
     evals: Evals = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Check recipes and everything they name, without loading a weight of the base model.
 
     Reads adapters, data and the tokenizer, and builds every eval function. Exit code 0: all can be
     run; 2: one cannot.
     """
+    from .recipe import RecipeError, examine_file
+
     screen, faults = Console(), 0
     for path in recipes:
         table = Table("key", "", "found", title=str(path), title_justify="left")
         try:
-            examined = examine(read_recipe(path, option or []), evals)
+            examined = examine_file(path, option or [], evals, include_path)
         except RecipeError as exc:
             rows = [(fault.key, "fault", fault.what) for fault in exc.faults]
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import PlanError, suggest
 from .factors import Adapter, Kind, LoraFactors, as_matrix, working_dtype
 from .layers import OUTSIDE, LayerGroup, group_modules, layer_of
-from .plan import DROP, Edit, MergePlan
+from .plan import DROP, MOST_SCALE, Edit, MergePlan
 from .select import prune_, thresholds
 
 __all__ = ["Combiner", "DeltaLike", "Term", "add_to_weight"]
@@ -59,6 +59,7 @@ class Combiner:
         )
         names = {m for a in self.adapters.values() for m in a.factors}
         self.layers: tuple[LayerGroup, ...] = group_modules(names)
+        self._members = {layer.label: layer.modules for layer in self.layers}
         self._cuts: dict[tuple[str, str, float, float], Mapping[str, float]] = {}
 
     @property
@@ -93,10 +94,17 @@ class Combiner:
         """Refuse a plan that was made for other adapters.
 
         Raises:
-            PlanError: the plan names an adapter or a layer that is not here, lacks one that is, or
-                holds the digest of other weights.
+            PlanError: the plan names an adapter or a layer that is not here, lacks one that is,
+                holds the digest of other weights, or scales by more than `MOST_SCALE`.
         """
         layers = self.table()
+        for layer, name, edit in plan.live():
+            scale = plan.adapters[name].scale * edit.scale
+            if not abs(scale) <= MOST_SCALE:
+                raise PlanError(
+                    f"the plan scales adapter {name!r} by {scale:g} in layer {layer!r}; allowed "
+                    f"are at most {MOST_SCALE:g} either way."
+                )
         for name in plan.adapters:
             if name not in self.adapters:
                 raise PlanError(
@@ -155,7 +163,7 @@ class Combiner:
         key = (adapter, f"{scope}/{label}", whole, layer)
         if key not in self._cuts:
             factors = self.adapters[adapter].factors
-            members = [m for m in factors if layer_of(m) == label]
+            members = [m for m in self._members[label] if m in factors]
             tau = thresholds([(factors[m], first[m]) for m in members], [layer])[layer]
             self._cuts[key] = {m: max(tau, first[m]) for m in members}
         return self._cuts[key][module]

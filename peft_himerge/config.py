@@ -9,22 +9,29 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError, suggest
-from .plan import Edit
+from .plan import MOST_SCALE, Edit
 
-__all__ = ["HiMergeConfig"]
+__all__ = ["VARIANTS", "HiMergeConfig"]
 
 Density = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Scale = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=0.0, le=MOST_SCALE, allow_inf_nan=False)]
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"search_target": "own", "accept": "always"},
+    "joint": {"search_target": "merged", "accept": "best"},
+}
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
 
 
 class HiMergeConfig(BaseModel):
-    """Options of `merge_adapters_hi`; frozen. The defaults are the paper's reading.
+    """Options of `merge_adapters_hi`; frozen.
 
     Attributes:
+        variant: where `search_target` and `accept` come from if they are not given: "paper" is
+            Hi-Merging as published; "joint" (ours) decides everything by the mean score of the
+            merged model: densities and scales, and then, layer by layer, what repairs it.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
-        scale: factor s on what was kept, >= 0: one number, one per adapter, or "search".
+        scale: factor s on what was kept, in [0, 10,000]: one number, one per adapter, or "search".
         layer_density: kept fraction p_l in a layer with a partial conflict, counted over the
             layer's entries; None is half of the adapter's density (paper). DESIGN 1.4.
         layer_scale: further factor s_l in such a layer; None is half of the adapter's scale.
@@ -35,7 +42,8 @@ class HiMergeConfig(BaseModel):
         search_budget: most points per adapter that search="optuna" scores, each once on the task
             or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
-            over all tasks of the "merged" model, one adapter after the other.
+            over all tasks of the "merged" model, one adapter after the other; then scales of 1.25
+            and 1.5 are tried too, for an adapter that the others drown.
         reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
             merged contribution again with the edits made so far.
         accept: "always" keeps every edit (paper); "no_regression" keeps an edit only if the mean
@@ -62,10 +70,15 @@ class HiMergeConfig(BaseModel):
         processes: "auto" spreads the scores over the processes of `accelerate launch` or
             torch.distributed, all of which must call the merge; the result is the same for any
             number of them. "off" merges on this process alone, whoever else is there.
+        verify: distrust the eval functions: after every score look at the values of every weight,
+            so that one that writes to the model is named at once, and score the first state of
+            every task twice, so that a random one is. Without it writes are found too, most of
+            them at once, the rest at the end. Costs two passes over the weights per score.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    variant: Literal["paper", "joint"] = "paper"
     density: Density | dict[str, Density] | Literal["search"] = "search"
     scale: Scale | dict[str, Scale] | Literal["search"] = "search"
     layer_density: Density | None = None
@@ -85,14 +98,17 @@ class HiMergeConfig(BaseModel):
     strategy: Literal["auto", "fold", "lazy"] = "auto"
     prefix_cache_gb: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 2.0
     processes: Literal["auto", "off"] = "auto"
+    verify: Annotated[bool, Field(strict=True)] = False
 
     def __init__(self, **options: Any) -> None:
         unknown = [key for key in options if key not in type(self).model_fields]
         if unknown:
             hint = suggest(unknown[0], type(self).model_fields)
             raise ConfigError(f"unknown option {unknown[0]!r} of HiMergeConfig.{hint}")
+        variant = options.get("variant", type(self).model_fields["variant"].default)
+        preset = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
         try:
-            super().__init__(**options)
+            super().__init__(**{**preset, **options})
         except ValidationError as exc:
             raise ConfigError(_readable(exc)) from None
 
@@ -127,7 +143,7 @@ class HiMergeConfig(BaseModel):
             else (
                 not isinstance(value, bool)
                 and (
-                    value >= 1
+                    1 <= value < 1 << 31
                     if isinstance(value, int)
                     else isinstance(value, float) and 0 < value < 1
                 )

@@ -29,7 +29,7 @@ __all__ = [
     "ConflictKind",
     "Resolution",
     "find",
-    "options",
+    "grades",
     "rank",
     "resolve",
 ]
@@ -130,22 +130,14 @@ def rank(conflicts: Sequence[Conflict]) -> tuple[Conflict, ...]:
 GRADES = (0.0, 0.5, 1.5)
 
 
-def options(conflict: Conflict, plan: MergePlan, config: HiMergeConfig) -> list[dict[str, Edit]]:
-    """Return the edits that may treat `conflict`, the paper's first.
+def grades(plan: MergePlan, layer: str, adapter: str) -> list[Edit]:
+    """Return milder and stronger edits of one adapter in one layer: its scale times `GRADES`.
 
-    With ``accept="best"`` (ours) a severe or partial conflict may also be treated by degrees: one
-    adapter's scale in this layer times each of `GRADES`. All-or-nothing edits of one layer often
-    cost one task more than they win for the other.
+    For ``accept="best"`` (ours). All-or-nothing edits of one layer often cost one task more than
+    they win for the other, and a layer where no task loses may still have a better balance.
     """
-    found = [resolve(conflict, plan, config)]
-    if config.accept == "best" and conflict.kind is not ConflictKind.MUTUAL:
-        found += [
-            {name: Edit(edit.density, edit.scale * grade)}
-            for name, edit in plan.edits[conflict.layer].items()
-            for grade in GRADES
-            if not edit.drops
-        ]
-    return found
+    edit = plan.edits[layer][adapter]
+    return [] if edit.drops else [Edit(edit.density, edit.scale * grade) for grade in GRADES]
 
 
 def resolve(conflict: Conflict, plan: MergePlan, config: HiMergeConfig) -> dict[str, Edit]:

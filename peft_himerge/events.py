@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .conflict import Resolution
 from .contribution import Contributions
@@ -22,6 +23,7 @@ __all__ = [
     "Listener",
     "MergeFinished",
     "MergeStarted",
+    "MergeTested",
     "RoundStarted",
     "StateScored",
 ]
@@ -56,6 +58,7 @@ class MergeStarted:
         layers: labels of the layers, in order.
         scores: upper bound on the number of scores the run needs.
         digests: adapter -> digest of its weights.
+        options: the options of the merge, as plain values.
     """
 
     adapters: tuple[str, ...]
@@ -63,6 +66,7 @@ class MergeStarted:
     layers: tuple[str, ...]
     scores: int
     digests: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,20 @@ class MergeFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeTested:
+    """The adapter of the last `MergeFinished` was scored on data that decided nothing.
+
+    Attributes:
+        scores: "base", each adapter, and last the merged adapter -> task -> score.
+        kept: share of what each adapter wins alone that is left, a mean over their tasks; None if
+            none wins anything.
+    """
+
+    scores: Mapping[str, Mapping[str, Score]]
+    kept: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSaved:
     """The merged adapter of the last `MergeFinished` was written to `folder`."""
 
@@ -126,6 +144,7 @@ Event = (
     | ContributionsMeasured
     | LayerResolved
     | MergeFinished
+    | MergeTested
     | RoundStarted
     | AdapterSaved
 )

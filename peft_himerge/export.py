@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ def add_adapter(
         least_rank: pad with zeros up to this rank.
         settings: further fields of the new adapter's config (`carried`).
     """
-    rank = max(least_rank, *(part.rank for part in parts.values()))
+    rank = max([least_rank, *(part.rank for part in parts.values())])
     config = _config(model, combiner, parts, rank, settings or {})
     try:
         with warnings.catch_warnings():
@@ -128,6 +129,8 @@ def add_adapter(
         for module, part in parts.items():
             _fill(layers[module], name, part, rank, stored_dtype(combiner, module))
         extra = [m for m, layer in layers.items() if name in layer.scaling and m not in parts]
+        if settings and settings.get("target_parameters"):
+            extra = [m for m in extra if not isinstance(layers[m], ParamWrapper)]
         if extra:
             raise ExportError(f"the new adapter also targets {extra[0]!r}; please report this.")
     except BaseException:

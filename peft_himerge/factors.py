@@ -9,6 +9,7 @@ that selecting a threshold, folding and exporting all see the same bits.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -78,6 +79,14 @@ class LoraFactors:
     def dtype(self) -> torch.dtype:
         """The dtype deltas of this module are computed in."""
         return working_dtype(self.a.dtype, self.b.dtype)
+
+    @property
+    def bound(self) -> float:
+        """No entry of the delta is larger in magnitude, nor is any sum on the way to it."""
+        most = abs(self.scaling) * self.rank
+        for factor in (self.a, self.b):
+            most *= float(torch.linalg.vector_norm(factor.detach(), math.inf))
+        return most
 
     @property
     def rows_per_block(self) -> int:

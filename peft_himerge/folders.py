@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, PeftType, set_peft_model_state_dict
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .adapters import check_config, check_values, warn_if_zero
+from .adapters import check_config, check_factors, warn_if_zero
 from .errors import AdapterError, ConfigError
 from .factors import Adapter, Kind, LoraFactors
+from .keeping import Structure
+from .patterns import FirstMatch
+from .vetting import check_fields, check_folder, check_placed, loading, map_file, read_config
 
 __all__ = [
     "auto_class",
@@ -31,7 +31,6 @@ __all__ = [
     "saved_modules",
 ]
 
-_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 
 _CLASSES = {
@@ -83,17 +82,41 @@ def hold_adapters(
         model: the base model, which is wrapped.
         adapters: adapter name -> its folder, at least one.
         bodies: as in `load_peft_model`.
+
+    Raises:
+        AdapterError: a folder is no sound adapter (`vetting.check_folder`), or does not fit; the
+            base model is as it was.
     """
-    wrapped: PeftModel | None = None
     for name, folder in adapters.items():
+        check_folder(name, folder)
+    before = Structure(model)
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        wrapped: PeftModel | None = None
+        for name, folder in adapters.items():
+            wrapped = _hold(wrapped, model, name, Path(folder), bodies=bodies)
+    except BaseException:
+        before.put_back()
+        for weight, flag in flags:
+            weight.requires_grad = flag
+        raise
+    assert wrapped is not None
+    return wrapped.eval()
+
+
+def _hold(
+    wrapped: PeftModel | None, model: Any, name: str, folder: Path, *, bodies: bool
+) -> PeftModel:
+    """Add one adapter to the model, which the first one wraps."""
+    with loading(name):
         if bodies:
-            wrapped = _add_body(wrapped or model, name, Path(folder))
+            wrapped = _add_body(wrapped or model, name, folder)
         elif wrapped is None:
             wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         else:
             wrapped.load_adapter(str(folder), adapter_name=name)
-    assert wrapped is not None
-    return wrapped.eval()
+    check_placed(name, folder, wrapped)
+    return wrapped
 
 
 def auto_class(kinds: Mapping[str, str]) -> Any:
@@ -143,7 +166,7 @@ def saved_modules(name: str, folder: str | Path) -> list[str]:
     Raises:
         AdapterError: the folder is no safetensors adapter.
     """
-    return list(_read_config(name, Path(folder)).get("modules_to_save") or [])
+    return list(read_config(name, Path(folder)).get("modules_to_save") or [])
 
 
 def _add_body(model: Any, name: str, folder: Path) -> PeftModel:
@@ -156,7 +179,7 @@ def _add_body(model: Any, name: str, folder: Path) -> PeftModel:
         model.add_adapter(name, config)
     else:
         model = PeftModel(model, config, adapter_name=name)
-    held = _map_file(name, folder / _WEIGHTS)
+    held = map_file(name, folder / _WEIGHTS)
     state = {key: tensor for key, tensor in held.items() if not saved & set(key.split("."))}
     lost = set_peft_model_state_dict(model, state, adapter_name=name)
     if lost.unexpected_keys:
@@ -170,25 +193,7 @@ def _add_body(model: Any, name: str, folder: Path) -> PeftModel:
 
 
 def _task_type(name: str, folder: Path) -> str:
-    return _read_config(name, folder).get("task_type") or "CAUSAL_LM"
-
-
-def _read_config(name: str, folder: Path) -> dict[str, Any]:
-    config = folder / _CONFIG
-    if not config.is_file():
-        raise AdapterError(f"adapter {name!r}: {str(folder)!r} has no adapter_config.json.")
-    if not (folder / _WEIGHTS).is_file():
-        raise AdapterError(
-            f"adapter {name!r}: {str(folder)!r} has no adapter_model.safetensors. Pickle files "
-            f"are refused because loading one runs code: convert it with save_pretrained()."
-        )
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise AdapterError(f"adapter {name!r}: {str(config)!r} is not valid JSON: {exc}.") from exc
-    if not isinstance(fields, dict):
-        raise AdapterError(f"adapter {name!r}: {str(config)!r} holds no JSON object.")
-    return fields
+    return read_config(name, folder).get("task_type") or "CAUSAL_LM"
 
 
 # ------------------------------------------------------------------------- without a base model
@@ -202,13 +207,15 @@ _HARMLESS = frozenset(
     "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
     "runtime_config ensure_weight_tying".split()
 )
+_RANKS, _ALPHAS = ("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")
 _LINEAR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _EMBEDDING = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<side>[AB])")
 _WHAT: Mapping[str, str] = MappingProxyType(
     {
-        "lora_magnitude_vector": "a DoRA magnitude: DoRA is not scaling * B @ A; train with "
-        "use_dora=False",
-        "lora_B.bias": "a bias of B (lora_bias=True), which is not supported yet",
+        "lora_magnitude_vector": "a DoRA magnitude: DoRA is not scaling * B @ A; make plain LoRA "
+        "of it with the base at hand (peft_himerge.densify)",
+        "lora_B.bias": "a bias of B (lora_bias=True), which is no low-rank delta; load the "
+        "adapters into a model and use merge_adapters",
         "trainable_tokens": "trained token rows, which are not a low-rank delta",
         "token_adapter": "trained token rows, which are not a low-rank delta",
         "modules_to_save": "a full copy of a module, which is not a low-rank delta",
@@ -234,14 +241,19 @@ def read_folder(name: str, folder: str | Path, *, body: bool = False) -> Adapter
             its own config, or holds NaN or infinity.
     """
     source = Path(folder)
-    config = _read_config(name, source)
-    tensors = _map_file(name, source / _WEIGHTS)
+    config = read_config(name, source)
+    tensors = map_file(name, source / _WEIGHTS)
     if body:
         saved = set(config.pop("modules_to_save", None) or ())
         tensors = {key: t for key, t in tensors.items() if not saved & set(key.split("."))}
-    _check_fields(name, config)
+    check_fields(name, config, max(map(len, tensors), default=0))
+    _check_plain(name, config)
     pairs = _pair_up(name, tensors)
-    factors = {module: _factors(name, module, *pairs[module], config) for module in sorted(pairs)}
+    ranks, alphas = (_Values(config, *keys) for keys in (_RANKS, _ALPHAS))
+    factors = {
+        module: _factors(name, module, *pairs[module], config, ranks.of(module), alphas.of(module))
+        for module in sorted(pairs)
+    }
     settings = {
         key: config.get(key) for key in ("task_type", "revision", "auto_mapping", "target_modules")
     }
@@ -253,35 +265,14 @@ def read_folder(name: str, folder: str | Path, *, body: bool = False) -> Adapter
     return adapter
 
 
-def _check_fields(name: str, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind not in set(PeftType):
-        raise AdapterError(f"adapter {name!r} has the peft_type {kind!r}, only LORA can be merged.")
-    check_config(name, SimpleNamespace(**{**config, "peft_type": PeftType(kind)}))
+def _check_plain(name: str, config: Mapping[str, Any]) -> None:
+    check_config(name, SimpleNamespace(**{**config, "peft_type": PeftType.LORA}))
     for field, value in config.items():
         if value and field not in _HARMLESS:
             raise AdapterError(
-                f"adapter {name!r} sets {field}={value!r}, with which its delta is not known to be "
-                f"plain scaling * B @ A. Train without it."
+                f"adapter {name!r} sets {field:.80}={value!r:.80}, with which its delta is not "
+                f"known to be plain scaling * B @ A. Train without it."
             )
-    for field in ("r", "lora_alpha"):
-        value = config.get(field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise AdapterError(f"adapter {name!r}: {field} must be a number > 0, got {value!r}.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, dict):
-            raise AdapterError(f"adapter {name!r}: {field} must be a table, got {config[field]!r}.")
-
-
-def _map_file(name: str, path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, OSError) as exc:
-        raise AdapterError(
-            f"adapter {name!r}: {str(path)!r} is damaged or no safetensors file ({exc}). Copy or "
-            f"save it again."
-        ) from exc
 
 
 def _pair_up(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, bool]]:
@@ -293,9 +284,11 @@ def _pair_up(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
         if found is None:
             what = next((text for part, text in _WHAT.items() if part in key), None)
             raise AdapterError(
-                f"adapter {name!r}: the file holds {key!r}, "
+                f"adapter {name!r}: the file holds {key!r:.200}, "
                 + (f"{what}." if what else "which is no A or B of a LoRA adapter.")
             )
+        if not key.isprintable() or not all(found["module"].split(".")):
+            raise AdapterError(f"adapter {name!r}: {key!r:.200} names no module of a model.")
         if found.re is _EMBEDDING:
             embeddings.add(found["module"])
         sides.setdefault(found["module"], {})[found["side"] + ("e" * (found.re is _EMBEDDING))] = (
@@ -303,6 +296,12 @@ def _pair_up(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
         )
     if not sides:
         raise AdapterError(f"adapter {name!r}: the file holds no factors.")
+    wrapped = next((module for module in sides if "base_layer" in module.split(".")), None)
+    if wrapped is not None:  # the output projection, which PEFT adapts along
+        raise AdapterError(
+            f"adapter {name!r}, module {wrapped!r}: nn.MultiheadAttention is not supported; leave "
+            f"it out of the adapter and target nn.Linear modules."
+        )
     pairs = {}
     for module, pair in sides.items():
         wanted = ("Ae", "Be") if module in embeddings else ("A", "B")
@@ -315,8 +314,28 @@ def _pair_up(name: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
     return pairs
 
 
+class _Values:
+    """The rank or alpha of every module, by PEFT's rules."""
+
+    def __init__(self, config: Mapping[str, Any], pattern: str, usual: str) -> None:
+        self._table = config.get(pattern) or {}
+        self._first = FirstMatch(self._table)
+        self._usual = config[usual]
+
+    def of(self, module: str) -> Any:
+        key = self._first.find(module)
+        return self._usual if key is None else self._table[key]
+
+
 def _factors(
-    name: str, module: str, a: Tensor, b: Tensor, embedding: bool, config: Mapping[str, Any]
+    name: str,
+    module: str,
+    a: Tensor,
+    b: Tensor,
+    embedding: bool,
+    config: Mapping[str, Any],
+    rank: int,
+    alpha: float,
 ) -> LoraFactors:
     where = f"adapter {name!r}, module {module!r}"
     kernel: tuple[int, ...] = ()
@@ -327,19 +346,18 @@ def _factors(
         raise AdapterError(f"{where}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit.")
     if a.ndim > 2:
         if any(size != 1 for size in b.shape[2:]) or b.shape[1] != a.shape[0]:
-            raise AdapterError(f"{where}: grouped convolutions are not supported.")
+            raise AdapterError(
+                f"{where}: grouped convolutions are not supported, their delta is no product; "
+                f"leave the module out of target_modules."
+            )
         kind, kernel = "conv", tuple(a.shape[2:])
         a, b = a.flatten(1), b.flatten(1)
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(ranks.keys(), module), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
     if not a.shape[0] == b.shape[1] == rank:
         raise AdapterError(
             f"{where}: A {tuple(a.shape)} and B {tuple(b.shape)} have the ranks {a.shape[0]} and "
             f"{b.shape[1]}, its config says {rank}. The file and the config do not belong together."
         )
-    if not a.is_floating_point() or not b.is_floating_point():
-        raise AdapterError(f"{where}: the factors are {a.dtype} and {b.dtype}, not floats.")
-    check_values(where, a, b)
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraFactors(a, b, float(scaling), kind, kernel)
+    factors = LoraFactors(a, b, float(scaling), kind, kernel)
+    check_factors(where, factors)
+    return factors

@@ -131,7 +131,7 @@ def _module(
     module: str, parts: Mapping[str, LoraFactors], share: float
 ) -> tuple[dict[str, float], _Sums]:
     """Return per adapter the squared norm, and per pair what it adds to the layer's sums."""
-    wide = {name: tuple(x.double() for x in f.scaled()) for name, f in parts.items()}
+    wide = {name: _thin(*(x.double() for x in f.scaled())) for name, f in parts.items()}
 
     def dot(one: str, other: str) -> float:
         (b, a), (b_2, a_2) = wide[one], wide[other]
@@ -145,6 +145,15 @@ def _module(
             both, same = _signs(*(entries[name] for name in pair))
             counts[pair] = (counts[pair][0] + both, counts[pair][1] + same)
     return squares, {pair: (dot(*pair), *counts[pair]) for pair in pairs}
+
+
+def _thin(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same delta whose rank is at most the delta's smaller side."""
+    out, width = b.shape[0], a.shape[1]
+    if a.shape[0] <= min(out, width):
+        return b, a
+    unit = torch.eye(min(out, width), dtype=b.dtype, device=b.device)
+    return (unit, b @ a) if out <= width else (b @ a, unit)
 
 
 def _entries(
@@ -162,7 +171,7 @@ def _entries(
     sides = {name: (b, a.t().contiguous()) for name, (b, a) in _scaled(parts).items()}
     left = math.ceil(first.numel * share)
     while left > 0:
-        n = min(left, _CHUNK)
+        n = min(left, _CHUNK, max(1, _CHUNK * 256 // first.rank))  # rows of `rank` numbers
         i = torch.randint(first.shape[0], (n,), generator=draw).to(first.b.device)
         j = torch.randint(first.shape[1], (n,), generator=draw).to(first.b.device)
         yield {name: (b[i] * columns[j]).sum(1) for name, (b, columns) in sides.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,33 +9,11 @@ from pathlib import Path
 from peft import PeftModel
 
 from .adapters import lora_layers
-from .errors import AdapterError
+from .vetting import check_folder, check_placed, loading
 
 __all__ = ["check_folder", "guests"]
 
 _RECORDS = ("targeted_module_names", "targeted_parameter_names")
-
-
-def check_folder(name: str, folder: str | Path) -> None:
-    """Refuse a folder that holds no safetensors LoRA adapter, before any training time is spent.
-
-    Raises:
-        AdapterError: a file is missing or unreadable, or the adapter is not LoRA.
-    """
-    config, weights = Path(folder) / "adapter_config.json", "adapter_model.safetensors"
-    if not config.is_file():
-        raise AdapterError(f"adapter {name!r}: {str(folder)!r} has no adapter_config.json.")
-    if not (Path(folder) / weights).is_file():
-        raise AdapterError(
-            f"adapter {name!r}: {str(folder)!r} has no {weights}. Pickle files are refused because "
-            f"loading one runs code: convert it with save_pretrained()."
-        )
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("peft_type")
-    except (ValueError, AttributeError) as exc:
-        raise AdapterError(f"adapter {name!r}: {str(config)!r} is not valid JSON: {exc}.") from exc
-    if kind != "LORA":
-        raise AdapterError(f"adapter {name!r} is {kind}, only LORA can be merged.")
 
 
 @contextmanager
@@ -56,7 +33,10 @@ def guests(model: PeftModel, folders: Mapping[str, str | Path]) -> Iterator[None
     records = {name: list(getattr(tuner, name)) for name in _RECORDS if hasattr(tuner, name)}
     try:
         for name, folder in folders.items():
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            check_folder(name, folder)
+            with loading(name):
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            check_placed(name, folder, model)
         yield
     finally:
         for name in folders:

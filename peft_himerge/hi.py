@@ -15,7 +15,7 @@ from .combine import Combiner
 from .config import HiMergeConfig
 from .cost import Cost
 from .engine import Engine
-from .errors import ConfigError
+from .errors import ConfigError, HiMergeError, JournalError
 from .events import Listener, MergeFinished
 from .factors import Adapter
 from .identity import base_digest
@@ -27,6 +27,7 @@ from .plan import MergePlan
 from .probe import Probe, preserved
 from .processes import Team, together
 from .randomness import capture, install
+from .reached import Reached
 from .result import MergeResult, ModuleError
 from .run import Run
 from .scoring import EvalFn, Score, Task, check_eval_fns
@@ -65,7 +66,8 @@ def merge_adapters_hi(
             guard tasks: scored and reported, but not part of any conflict.
         adapter_name: name of the new adapter; must be free.
         config: the options; see `HiMergeConfig`.
-        callbacks: called with every event, in order; an exception in one ends the merge. With
+        callbacks: called with every event, in order; an exception in one ends the merge, as that
+            of a `budget.Budget(scores=..., seconds=...)` does. With
             several processes (`HiMergeConfig.processes`), only the main one calls them.
         journal: a file or folder that keeps every score as soon as it is known, so that a killed
             merge, run again, goes on where it stopped and ends with the same result. Scores are
@@ -100,7 +102,7 @@ def merge_adapters_hi(
         common_base(read)
         listeners = tuple(callbacks) if team.main else ()
         run = Run(Combiner(read), _tasks(read, eval_fns, config), config, listeners)
-        probe = Probe(model, run.combiner, config.strategy, int(config.prefix_cache_gb * 1e9))
+        probe = _probe(model, run.combiner, config)
         with (
             preserved(model),
             open_ledger(
@@ -108,22 +110,32 @@ def merge_adapters_hi(
             ) as ledger,
         ):
             _start_alike(team, model, run.combiner, ledger)
-            with probe:
-                engine = Engine(probe, run.tasks, run.emit, run.cost(), ledger=ledger, team=team)
-                run.merge(engine)
-                with heard():
-                    parts = export.approximate(run.combiner, run.plan, config.rank)
-                probe.show(MergePlan.base())
-                rank = export.add_adapter(model, adapter_name, run.combiner, parts)
-                try:
+            try:
+                with probe, Reached(model, run.combiner.modules) as reached:
+                    cost = run.cost()
+                    engine = Engine(probe, run.tasks, run.emit, cost, ledger=ledger, team=team)
+                    run.merge(engine)
+                    with heard():
+                        parts = export.approximate(run.combiner, run.plan, config.rank)
+                    probe.show(MergePlan.base())
+                    rank = export.add_adapter(model, adapter_name, run.combiner, parts)
                     run.score_export(engine, adapter_name)
-                except BaseException:
-                    export.remove_adapter(model, adapter_name)
-                    raise
+            except BaseException as exc:
+                export.remove_adapter(model, adapter_name)
+                if probe.tainted and ledger is not None:
+                    ledger.journal.set_aside("tainted", str(exc))
+                raise
+        if ledger is None and team.size == 1:  # otherwise, not all scores were computed here
+            reached.warn()
         blocks = (probe.blocks.run, probe.blocks.skipped)
         result = _result(model, adapter_name, run, parts, rank, engine.done, start, blocks)
         run.emit(MergeFinished(result.plan, result.scores))
     return result
+
+
+def _probe(model: PeftModel, combiner: Combiner, config: HiMergeConfig) -> Probe:
+    cache = int(config.prefix_cache_gb * 1e9)
+    return Probe(model, combiner, config.strategy, cache, verify=config.verify)
 
 
 def _start_alike(team: Team, model: PeftModel, combiner: Combiner, ledger: Ledger | None) -> None:
@@ -135,7 +147,15 @@ def _start_alike(team: Team, model: PeftModel, combiner: Combiner, ledger: Ledge
     if team.size > 1:
         same = [base_digest(model), *(a.digest() for a in combiner.adapters.values())]
     state = ledger.journal.random_state if ledger is not None else capture()
-    install(team.first("weights of the model and the adapters", same, state))
+    try:
+        install(team.first("weights of the model and the adapters", same, state))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as exc:
+        if ledger is None or isinstance(exc, HiMergeError):
+            raise
+        raise JournalError(
+            f"the random state in the journal {ledger.journal.file} cannot be put in place: "
+            f"{exc!r:.200}. Move the file away to begin a new one."
+        ) from exc
 
 
 @held()
@@ -212,7 +232,7 @@ def score_plans(
     for plan in plans.values():
         combiner.check(plan)
     tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}
-    probe = Probe(model, combiner, config.strategy, int(config.prefix_cache_gb * 1e9))
+    probe = _probe(model, combiner, config)
     with together(config.processes) as team, preserved(model):
         run = Run(combiner, tasks, config, tuple(callbacks) if team.main else ())
         _start_alike(team, model, combiner, None)

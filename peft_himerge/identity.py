@@ -29,7 +29,15 @@ from torch import Tensor, nn
 
 from .adapters import lora_layers
 
-__all__ = ["NUMERICS", "EvalDigest", "adapter_digest", "base_digest", "environment", "eval_digest"]
+__all__ = [
+    "NUMERICS",
+    "EvalDigest",
+    "adapter_digest",
+    "base_digest",
+    "environment",
+    "eval_digest",
+    "tensor_digest",
+]
 
 # To be raised when a release gives other bits for the same plan: old journals are then foreign.
 NUMERICS = "1"
@@ -66,7 +74,7 @@ def base_digest(model: PeftModel) -> str:
     """
     inner = model.base_model.model
     state = hashlib.sha256(_settings(inner).encode())
-    rows = {name: _tensor_digest(tensor) for name, tensor in _base_tensors(inner)}
+    rows = {name: tensor_digest(tensor) for name, tensor in _base_tensors(inner)}
     state.update(json.dumps(rows, sort_keys=True).encode())
     return state.hexdigest()
 
@@ -77,7 +85,7 @@ def adapter_digest(model: PeftModel, name: str) -> str:
     for path, layer in lora_layers(model).items():
         if name in layer.scaling:
             rows[path] = [repr(float(layer.scaling[name]))] + [
-                f"{part} {key} {_tensor_digest(tensor)}"
+                f"{part} {key} {tensor_digest(tensor)}"
                 for part in layer.adapter_layer_names
                 for key, tensor in _parts(getattr(layer, part), name)
             ]
@@ -137,7 +145,7 @@ def _tuner_parts(layer: BaseTunerLayer) -> list[str]:
     return [part for part in layer.adapter_layer_names if hasattr(layer, part)] + ["lora_dropout"]
 
 
-def _tensor_digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
     """Return shape, dtype and a checksum of all bytes; the same on every device."""
     data = tensor.detach()
     head = f"{tuple(data.shape)}|{data.dtype}"
@@ -226,7 +234,7 @@ class _Reader:
         if isinstance(value, (torch.dtype, torch.Size)):
             return ["torch", str(value)]
         if isinstance(value, Tensor):
-            return ["tensor", _tensor_digest(value)]
+            return ["tensor", tensor_digest(value)]
         if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
             data = np.ascontiguousarray(value)
             digest = hashlib.sha256(data.tobytes()).hexdigest()

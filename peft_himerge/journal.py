@@ -9,7 +9,8 @@ What is read back is checked to the last byte:
 
 * a last line without its newline is the score in flight: it is cut off;
 * any other damage: the whole file is set aside as ``*.corrupt-<n>``;
-* another format or another identity: it is set aside as ``*.foreign-<n>``.
+* another format or another identity: it is set aside as ``*.foreign-<n>``;
+* scores of a model that an eval function wrote to: as ``*.tainted-<n>``.
 
 A file is renamed, never deleted, and a warning is logged.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -158,6 +160,24 @@ class Journal:
             ) from exc
         self._kept[_text(key)] = kept
 
+    def set_aside(self, kind: str, why: str) -> None:
+        """Rename the file so that its scores are not found again.
+
+        Args:
+            kind: what the new name says.
+            why: for the log.
+        """
+        number = 1
+        while (target := self.file.with_name(f"{self.file.name}.{kind}-{number}")).exists():
+            number += 1
+        self.file.rename(target)
+        _LOG.warning(
+            "the journal %s was set aside as %s: %s. All scores are computed anew.",
+            self.file,
+            target.name,
+            why,
+        )
+
     def _open(self) -> None:
         while True:
             self._lock()
@@ -165,9 +185,9 @@ class Journal:
                 self._read(os.pread(self._fd, os.fstat(self._fd).st_size, 0))
                 return
             except _DamageError as exc:
-                self._set_aside("corrupt", str(exc))
+                self.set_aside("corrupt", str(exc))
             except _ForeignError as exc:
-                self._set_aside("foreign", str(exc))
+                self.set_aside("foreign", str(exc))
             self._close()
 
     def _lock(self) -> None:
@@ -217,8 +237,8 @@ class Journal:
         self._check_header(records[0])
         for number, record in enumerate(records[1:], 2):
             try:
-                self._kept[_text(record["key"])] = Kept(unpack_score(record), record["seconds"])
-            except (KeyError, TypeError, ValueError) as exc:
+                self._kept[_text(record["key"])] = _kept(record)
+            except (KeyError, TypeError, ValueError, AttributeError) as exc:
                 raise _DamageError(f"line {number} is not a score") from exc
         self.found = len(self._kept)
         if self.found:
@@ -237,6 +257,8 @@ class Journal:
                 raise ValueError("the checksum is wrong")
             self._sum = found
             return json.loads(record)
+        except RecursionError:
+            raise _DamageError(f"line {number}: it is nested too deeply") from None
         except ValueError as exc:
             # A file of another format has no checksums of ours: it is foreign, not damaged.
             if number == 1 and not line.startswith(_HEAD.encode()):
@@ -279,17 +301,18 @@ class Journal:
         os.fsync(self._fd)
         self._sum = checksum
 
-    def _set_aside(self, kind: str, why: str) -> None:
-        number = 1
-        while (target := self.file.with_name(f"{self.file.name}.{kind}-{number}")).exists():
-            number += 1
-        self.file.rename(target)
-        _LOG.warning(
-            "the journal %s was set aside as %s: %s. All scores are computed anew.",
-            self.file,
-            target.name,
-            why,
-        )
+
+def _kept(record: Mapping[str, Any]) -> Kept:
+    """Return what a record of a score says, if it is one."""
+    score, seconds = unpack_score(record), record["seconds"]
+    numbers = [score.value, seconds, *score.metrics.values()]
+    numbers += [] if score.error is None else [score.error]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise TypeError("a value is no number")
+    examples = score.examples
+    if examples is not None and not (examples.ndim == 1 and np.isfinite(examples).all()):
+        raise TypeError("the examples are no row of numbers")
+    return Kept(score, seconds)
 
 
 def _file(path: Path, identity: Mapping[str, str]) -> Path:

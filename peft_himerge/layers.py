@@ -52,8 +52,9 @@ def group_modules(modules: Iterable[str]) -> tuple[LayerGroup, ...]:
     )
 
 
-def _place(label: str) -> tuple[bool, bool, str, int]:
+def _place(label: str) -> tuple[bool, bool, str, int, str]:
     if label == OUTSIDE:
-        return (True, False, "", 0)
+        return (True, False, "", 0, "")
     prefix, _, number = label.rpartition(".")
-    return (False, "encoder" not in prefix, prefix, int(number))
+    digits = number.lstrip("0")  # not as an int: the name may have more digits than one may have
+    return (False, "encoder" not in prefix, prefix, len(digits), digits)

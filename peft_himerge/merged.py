@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import platform
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -22,7 +19,15 @@ from .factors import Adapter
 from .methods.registry import MethodInfo
 from .methods.stack import Delta
 from .outputs import owning, publishing, told
-from .result import MergeResult, ModuleError
+from .result import (
+    MergeResult,
+    ModuleError,
+    deltas_of,
+    module_records,
+    relative_error,
+    save_reports,
+    versions,
+)
 from .spool import waiting
 
 __all__ = ["AdapterMerge"]
@@ -68,9 +73,7 @@ class AdapterMerge:
     @property
     def export_error(self) -> float:
         """Relative Frobenius error of the adapter over all modules together."""
-        whole = sum(m.norm**2 for m in self.modules)
-        lost = sum((m.error * m.norm) ** 2 for m in self.modules)
-        return float((lost / whole) ** 0.5) if whole else 0.0
+        return relative_error(self.modules)
 
     def delta(self, module: str) -> Tensor:
         """Return the exact merged delta of one module, (out, in), which the adapter approximates.
@@ -88,21 +91,33 @@ class AdapterMerge:
             f"no module {module!r}.{suggest(module, [m.module for m in self.modules])}"
         )
 
-    def _check_sources(self) -> None:
+    def _check_sources(self) -> Combiner:
         for name, (adapter, version) in self._sources.items():
             if adapter.version() != version:
                 raise AdapterError(
                     f"the weights of adapter {name!r} changed since the merge. Merge again, or "
                     f"keep a copy of the adapter."
                 )
+        return Combiner([adapter for adapter, _ in self._sources.values()])
 
-    def save(self, folder: str | Path, *, sources: Mapping[str, str | Path] | None = None) -> Path:
-        """Write the merged adapter in PEFT's layout, report.json and the model card README.md.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        sources: Mapping[str, str | Path] | None = None,
+        page: bool = True,
+    ) -> Path:
+        """Write the merged adapter in PEFT's layout, report.json, report.md and README.md.
+
+        Also report.html, a page of about 5 MB that opens from disk without a network. The report
+        holds norms, cosines and signs of the sources' deltas and the singular values of the merged
+        ones. For the method "hi" all is as by `MergeResult.save`, with plan.json.
 
         Args:
             folder: created if it is not there; files of these names are replaced, all or none.
             sources: adapter -> folder it was loaded from, as far as you like: licences that their
                 model cards name go into ours.
+            page: False leaves out report.html; ``himerge report FOLDER`` makes it later.
 
         Returns:
             The folder. Load it with ``PeftModel.from_pretrained(base, folder)``.
@@ -111,12 +126,14 @@ class AdapterMerge:
             ConfigError: `sources` names another adapter.
             OutputError: the folder is in use or cannot be written; it is as it was.
         """
+        if self.hi is not None:
+            return self.hi.save(folder, sources=sources, page=page)
         licences = card.licences_of(sources, self._sources)
-        facts = self.to_dict()
-        text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
+        shown = deltas_of(self.model, self.adapter_name, self._check_sources)
+        facts = self.to_dict() | {"geometry": shown}
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
         with publishing(folder) as new:
-            files.write_text(new / "report.json", text + "\n")
+            save_reports(new, facts, page=page)
             files.write_text(new / "README.md", card.render_card(facts, base, licences))
             export.write_adapter(self.model, self.adapter_name, new)
         return Path(folder)
@@ -133,20 +150,25 @@ class AdapterMerge:
             AdapterError: a source's weights have changed since the merge.
             PlanError: `base` is not the adapters' base.
         """
-        self._check_sources()
+        combiner = self._check_sources()
         if self._carried:
             raise ConfigError(
                 f"the merged adapter also holds {', '.join(self._carried)}, which are no deltas of "
                 f"base weights. Use model.merge_and_unload() for them."
             )
-        combiner = Combiner([adapter for adapter, _ in self._sources.values()])
         with owning(folder), told(Path(folder)), tempfile.TemporaryFile(dir=folder) as spool:
             blocks = waiting(self._deltas, spool)
             return checkpoint.save_checkpoint(base, combiner, blocks, folder)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the merge as plain JSON values; the content of report.json."""
-        return {
+        """Return the merge as plain JSON values; the content of report.json.
+
+        `save` adds the key "geometry" (`geometry.to_records`). `page.Report` says what each key
+        holds. For the method "hi" it is `MergeResult.to_dict`.
+        """
+        if self.hi is not None:
+            return self.hi.to_dict()
+        facts = {
             "format": "peft_himerge.adapter_merge/1",
             "adapter_name": self.adapter_name,
             "method": {
@@ -160,20 +182,42 @@ class AdapterMerge:
             "space": self.space,
             "seed": self.seed,
             "sources": {name: adapter.digest() for name, (adapter, _) in self._sources.items()},
+            **_scores(self.fitted),
             "export": {
                 "rank": self.rank,
                 "relative_error": self.export_error,
-                "modules": [
-                    {"module": m.module, "rank": m.rank, "relative_error": m.error}
-                    for m in self.modules
-                ],
+                "drop": None,
+                "modules": module_records(self.modules),
+            },
+            "cost": {
+                "scores": self.fitted.get("scores_computed", 0),
+                "seconds": self.seconds,
             },
             "notes": list(self.notes),
             "fitted": dict(self.fitted),
-            "seconds": self.seconds,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "peft": peft.__version__,
-            },
+            "versions": versions(),
         }
+        return {key: _plain(value) for key, value in facts.items()}
+
+
+def _scores(fitted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a method that looks at scores found of its result: state -> task -> value."""
+    found: Mapping[str, Any] = fitted.get("scores", {})
+    if not found:
+        return {"scores": {}, "standard_errors": {}, "metrics": {}}
+    return {
+        "scores": {"merged": {task: told["value"] for task, told in found.items()}},
+        "standard_errors": {"merged": {task: told["se"] for task, told in found.items()}},
+        "metrics": {"merged": {task: told.get("metrics", {}) for task, told in found.items()}},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return options and findings as JSON values; what JSON has no word for becomes a text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)

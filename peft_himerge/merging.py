@@ -22,6 +22,7 @@ from .lowrank import LowRank, Rank, low_rank_of_dense, low_rank_of_product
 from .merged import AdapterMerge
 from .methods.depth import Lines
 from .methods.registry import MethodInfo, describe, get_method
+from .methods.registry import list_methods as list_methods
 from .methods.stack import Delta, Factored, Stack
 from .mixture import gather
 from .overwrite import taking_over
@@ -40,7 +41,8 @@ from .result import ModuleError
 from .scoring import EvalFn
 from .trials import Trials, tasks_of
 
-__all__ = ["AdapterMerge", "merge_adapters", "run", "scored"]
+# `list_methods` is handed on from here, where all are known: `byhi` registers one more.
+__all__ = ["AdapterMerge", "list_methods", "merge_adapters", "run", "scored"]
 
 
 def merge_adapters(
@@ -224,7 +226,7 @@ def scored(
 def _compressed(request: Request) -> dict[str, LowRank]:
     """Run the method, and compress one module after the other."""
     todo = {stack.module: stack for stack in request.stacks}
-    total = max(sum(stack.ranks) for stack in request.stacks)
+    total = max([sum(stack.ranks) for stack in request.stacks], default=0)
     parts: dict[str, LowRank] = {}
     norm = 0.0
     for module, delta in request.deltas():

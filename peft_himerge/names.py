@@ -6,7 +6,9 @@ from collections.abc import Collection, Sequence
 
 from .errors import ConfigError
 
-__all__ = ["check_adapter_names", "check_new_name"]
+__all__ = ["check_adapter_names", "check_name", "check_new_name"]
+
+_LONGEST = 200  # many file systems allow 255 bytes
 
 
 def check_adapter_names(adapters: Sequence[str]) -> list[str]:
@@ -27,6 +29,25 @@ def check_adapter_names(adapters: Sequence[str]) -> list[str]:
     return names
 
 
+def check_name(name: object, what: str) -> None:
+    """Refuse a name that PEFT could not give an adapter, or would make a path of.
+
+    Args:
+        name: the name.
+        what: what an error calls it.
+
+    Raises:
+        ConfigError: it is no text, is empty or too long, or has dots, slashes or control
+            characters.
+    """
+    fine = isinstance(name, str) and 0 < len(name) <= _LONGEST and name.isprintable()
+    if not fine or any(sign in str(name) for sign in "./\\"):
+        raise ConfigError(
+            f"{what} must be a non-empty name without dots, slashes and control characters, of at "
+            f"most {_LONGEST} characters, got {name!r:.80}."
+        )
+
+
 def check_new_name(adapter_name: str, taken: Collection[str], remedy: str) -> None:
     """Refuse a name that the merged adapter cannot get.
 
@@ -36,12 +57,9 @@ def check_new_name(adapter_name: str, taken: Collection[str], remedy: str) -> No
         remedy: what the caller can do if the name is taken.
 
     Raises:
-        ConfigError: the name is empty, has a dot, or is taken.
+        ConfigError: see `check_name`; or it is taken.
     """
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ConfigError(
-            f"adapter_name must be a non-empty name without dots, got {adapter_name!r}."
-        )
+    check_name(adapter_name, "adapter_name")
     if adapter_name in taken:
         raise ConfigError(
             f"the model has an adapter {adapter_name!r} already. Choose another adapter_name, or "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import card, export, files, geometry, report
+from . import card, export, files, geometry
 from .adapters import common_base
 from .combine import Combiner
 from .config import HiMergeConfig
@@ -27,9 +27,10 @@ from .errors import AdapterError, ConfigError, PlanError, suggest
 from .factors import Adapter, LoraFactors
 from .folders import read_folder
 from .lowrank import LowRank
+from .names import check_new_name
 from .outputs import publishing
 from .plan import DROP, MergePlan
-from .result import ModuleError, relative_error, save_page, versions
+from .result import ModuleError, module_records, relative_error, save_reports, versions
 from .shards import stream_tensors
 
 __all__ = ["FolderMerge", "merge_folders"]
@@ -68,10 +69,7 @@ class FolderMerge:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json; as `MergeResult.to_dict`, without what was scored."""
-        rows = [
-            {"module": m.module, "rank": m.rank, "relative_error": m.error, "norm": m.norm}
-            for m in self.modules
-        ]
+        rows = module_records(self.modules)
         exported = {"rank": self.rank, "relative_error": self.export_error, "drop": None}
         return {
             "format": "peft_himerge.report/1",
@@ -123,7 +121,7 @@ def merge_folders(
     """
     start = time.perf_counter()
     target = Path(out)
-    _check_arguments(adapters, target, plan, config)
+    _check_arguments(adapters, target, plan, config, adapter_name)
     config = config or HiMergeConfig(density=1.0, scale=1.0)
     read = [read_folder(name, folder) for name, folder in adapters.items()]
     if strict_base:
@@ -144,7 +142,9 @@ def _check_arguments(
     target: Path,
     plan: MergePlan | None,
     config: HiMergeConfig | None,
+    adapter_name: str,
 ) -> None:
+    check_new_name(adapter_name, (), "choose another")
     if not isinstance(adapters, Mapping) or not adapters:
         raise ConfigError(f"adapters must map at least one name to a folder, got {adapters!r}.")
     for name, folder in adapters.items():
@@ -210,10 +210,7 @@ def _write(
         )
         shape = geometry.to_records(geometry.layer_geometry(combiner), spectra)
         facts = merge.to_dict() | {"geometry": shape}
-        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-        files.write_text(new / "report.json", text + "\n")
-        save_page(new, facts)
-        files.write_text(new / "report.md", report.render_markdown(facts))
+        save_reports(new, facts)
         text = card.render_card(facts, fields["base_model_name_or_path"], licences)
         files.write_text(new / "README.md", text)
     return merge

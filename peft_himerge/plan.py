@@ -11,19 +11,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import PlanError, suggest
+from .errors import ConfigError, PlanError, suggest
 from .files import write_text
+from .json_file import parse_json, read_object
 
-__all__ = ["DROP", "IDENTITY", "PRUNE_SCOPES", "Edit", "MergePlan"]
+__all__ = ["DROP", "IDENTITY", "MOST_SCALE", "PRUNE_SCOPES", "Edit", "MergePlan"]
+
+MOST_SCALE = 1e4  # of both steps together: what is larger is a mistake, and might overflow
 
 PRUNE_SCOPES = ("model", "layer", "module")
 _FORMAT = "peft_himerge.plan/1"
+_MOST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Edit:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise PlanError(f"{name} must be a number, got {value!r}.")
+            if abs(value) > _MOST:  # an int may be too large for a float
+                raise PlanError(f"{name} must be a finite number, got {value!r:.80}.")
             object.__setattr__(self, name, float(value))
         if not 0.0 <= self.density <= 1.0:
             raise PlanError(f"density is the kept fraction and must be in [0, 1], got {self}.")
@@ -266,7 +273,14 @@ class MergePlan:
                 dict(data.get("sources", {})),
                 dict(data.get("notes", {})),
             )
-        except (KeyError, TypeError, AttributeError) as exc:
+            wrong = [
+                v for v in (*plan.sources.values(), *plan.notes.values()) if type(v) is not str
+            ]
+            if wrong:
+                raise TypeError(f"sources and notes hold texts, got {wrong[0]!r:.80}")
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as exc:
             raise PlanError(f"the plan is malformed: {type(exc).__name__}: {exc}.") from exc
         stored = data.get("fingerprint", plan.fingerprint)
         if stored != plan.fingerprint:
@@ -289,13 +303,14 @@ class MergePlan:
         """Return the plan in the file `source`, or in the JSON text `source`.
 
         Raises:
-            PlanError: the text is not JSON or not a plan.
+            PlanError: there is no such file, or the text is not JSON or not a plan.
         """
         text = str(source)
-        if not text.lstrip().startswith("{"):
-            text = Path(source).read_text(encoding="utf-8")
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as exc:
-            raise PlanError(f"the plan is not valid JSON: {exc}.") from exc
+            if text.lstrip().startswith("{"):
+                data = parse_json(text)
+            else:
+                data = read_object(Path(source))
+        except ConfigError as exc:
+            raise PlanError(f"the plan is malformed: {exc}") from exc
         return cls.from_dict(data)

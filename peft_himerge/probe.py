@@ -12,14 +12,12 @@ elements):
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
@@ -34,7 +32,9 @@ from .combine import Combiner, DeltaLike, Term, add_to_weight
 from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
 from .interrupts import heard
+from .keeping import Settings, Snapshot, Structure, preserved, watch
 from .plan import MergePlan
+from .randomness import put_back
 from .scoring import Score, Task, read_score
 from .threads import one_core, spread
 
@@ -42,77 +42,15 @@ __all__ = ["Probe", "Strategy", "preserved"]
 
 Strategy = Literal["auto", "fold", "lazy"]
 _What = tuple[Term, ...] | DeltaLike
+_SAME = 1e-6  # two scores of one state that differ by less are the same
 
 
-def _rng_state() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_rng_state(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3]:
-        torch.cuda.set_rng_state_all(state[3])
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """Everything about a model that scoring or adding an adapter may disturb, except weights."""
-
-    rng: tuple[Any, ...]
-    grad_enabled: bool
-    training: tuple[tuple[nn.Module, bool], ...]
-    requires_grad: tuple[tuple[nn.Parameter, bool], ...]
-    attributes: tuple[tuple[object, str, Any], ...]
-
-    @classmethod
-    def take(cls, model: PeftModel) -> _Snapshot:
-        attributes: list[tuple[object, str, Any]] = [
-            (model, "active_adapter", model.active_adapter),
-            (model.base_model, "active_adapter", model.base_model.active_adapter),
-        ]
-        for module in model.modules():
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                active = module._active_adapter
-                copied = active if isinstance(active, str) else list(active)
-                attributes.append((module, "_active_adapter", copied))
-                attributes.append((module, "_disable_adapters", module._disable_adapters))
-            if "gradient_checkpointing" in vars(module):
-                flag = module.gradient_checkpointing
-                attributes.append((module, "gradient_checkpointing", flag))
-        inner = model.base_model.model
-        for owner in (getattr(inner, "config", None), getattr(inner, "generation_config", None)):
-            if owner is not None and hasattr(owner, "use_cache"):
-                attributes.append((owner, "use_cache", owner.use_cache))
-        return cls(
-            _rng_state(),
-            torch.is_grad_enabled(),
-            tuple((m, m.training) for m in model.modules()),
-            tuple((p, p.requires_grad) for p in model.parameters()),
-            tuple(attributes),
-        )
-
-    def restore(self) -> None:
-        for module, training in self.training:
-            module.training = training
-        for parameter, flag in self.requires_grad:
-            parameter.requires_grad = flag
-        for owner, name, value in self.attributes:
-            setattr(owner, name, value)
-        torch.set_grad_enabled(self.grad_enabled)
-        _set_rng_state(self.rng)
-
-
-@contextmanager
-def preserved(model: PeftModel) -> Iterator[None]:
-    """Put flags, active adapters, modes, RNG states and use_cache back, whatever happens."""
-    snapshot = _Snapshot.take(model)
-    try:
-        yield
-    finally:
-        snapshot.restore()
+def _eager(model: nn.Module) -> AbstractContextManager[object]:
+    """Run compiled modules as they are written: compiled code need not see swaps and hooks."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
 
 
 class Probe:
@@ -129,6 +67,11 @@ class Probe:
             second copy of them fits into half of the free memory.
         cache_bytes: memory for sharing blocks between scores (`blocks.BlockMemo`); 0 runs every
             score in full.
+        verify: look at every weight's values after every score, and score each task's first state
+            twice (`HiMergeConfig.verify`).
+
+    Attributes:
+        tainted: True once a weight was found changed only after the scores that it changed.
     """
 
     def __init__(
@@ -137,6 +80,7 @@ class Probe:
         combiner: Combiner,
         strategy: Strategy = "auto",
         cache_bytes: int = 0,
+        verify: bool = False,
     ) -> None:
         self.model = model
         self.combiner = combiner
@@ -148,7 +92,12 @@ class Probe:
         self._swapped: dict[str, nn.Parameter] = {}
         self._hooks: dict[str, list[Any]] = {}
         self._adapter: str | None = None
-        self._snapshot: _Snapshot | None = None
+        self._snapshot: Snapshot | None = None
+        self._changed: Callable[[], str | None] | None = None
+        self._called: dict[str, None] = {}
+        self._verify = verify
+        self.tainted = False
+        self._doubted: set[str] = set()
         inner = model.base_model.model
         blocks = find_blocks(inner, [g.label for g in combiner.layers]) if cache_bytes else {}
         self.blocks = BlockMemo(inner, blocks, cache_bytes)
@@ -209,7 +158,10 @@ class Probe:
         return True
 
     def __enter__(self) -> Probe:
-        self._snapshot = _Snapshot.take(self.model)
+        if self._changed is None:
+            self._changed = watch(self.model)
+        self._snapshot = Snapshot.take(self.model)
+        self._snapshot.set_gradients_aside()
         self._settle()
         self.blocks.__enter__()
         return self
@@ -229,6 +181,26 @@ class Probe:
             self._snapshot.restore()
             self._snapshot = None
             self._shown = dict.fromkeys(self.combiner.modules, ())
+        if kind is None:
+            self._refuse_writes()
+
+    def _refuse_writes(self) -> None:
+        """Tell of writes to the model that no call could be seen to make."""
+        assert self._changed is not None
+        called, self._called = list(self._called), {}
+        name = self._changed() if called else None
+        if name is None:
+            return
+        self._changed, self.tainted = None, True
+        who = f"the eval function of task {called[0]!r}"
+        if len(called) > 1:
+            tasks = ", ".join(map(repr, called))
+            who = f"an eval function (one of the tasks {tasks}; verify=True says which)"
+        raise EvalError(
+            f"{who} changed the weight {name!r} of the model past torch's records, through .data "
+            f"or NumPy. An eval function may only read; score a copy instead. What it wrote over "
+            f"is lost: load the model again. No score of this run can be trusted."
+        )
 
     def _settle(self) -> None:
         """Eval mode, and PEFT's own adapters off (or only the one that is shown on)."""
@@ -363,34 +335,54 @@ class Probe:
         """Score the state in place with one task's eval function.
 
         Every call starts from the same RNG states, so equal states give equal scores even if the
-        eval function samples.
+        eval function samples. What it does to flags, settings, gradients and random states ends
+        with the call.
 
         Raises:
-            EvalError: the function returned no score, or changed a weight of the model.
+            EvalError: the function returned no score, or changed weights, modules, hooks or
+                adapters of the model; all but what it wrote into a weight is put back. With
+                `verify`: also if it gave the same state two scores.
         """
+        score = self._called_once(task)
+        if self._verify and task.name not in self._doubted:
+            self._doubted.add(task.name)
+            again = self._called_once(task)
+            if not math.isclose(score.value, again.value, rel_tol=_SAME, abs_tol=_SAME):
+                raise EvalError(
+                    f"the eval function of task {task.name!r} is random: it gave the same state "
+                    f"the scores {score.value!r} and {again.value!r}. Let it draw from torch's, "
+                    f"NumPy's or Python's global generator, which are set before every call, or "
+                    f"give its own a fixed seed inside the function."
+                )
+        return score
+
+    def _called_once(self, task: Task) -> Score:
         assert self._snapshot is not None, "call() outside the context"
         self._settle()
-        _set_rng_state(self._snapshot.rng)
-        before = self._versions()
-        with torch.no_grad(), self.blocks.scoring(task.name, self._block_state):
-            try:
-                with heard():
-                    raw = task.fn(self.model)
-            except HiMergeError:
-                raise
-            except Exception as exc:
-                if hasattr(exc, "add_note"):  # Python >= 3.11
-                    exc.add_note(f"raised by the eval function of task {task.name!r}")
-                raise
-        changed = [name for name, version in self._versions().items() if before[name] != version]
-        if changed:
+        put_back(self._snapshot.rng)
+        self._called[task.name] = None
+        settings, structure = Settings.take(), Structure(self.model)
+        changed_values = watch(self.model) if self._verify else None
+        try:
+            scoring = self.blocks.scoring(task.name, self._block_state)
+            with torch.no_grad(), _eager(self.model), scoring, heard():
+                raw = task.fn(self.model)
+        except Exception as exc:
+            if hasattr(exc, "add_note") and not isinstance(exc, HiMergeError):  # Python >= 3.11
+                exc.add_note(f"raised by the eval function of task {task.name!r}")
+            raise
+        finally:
+            settings.restore()
+            self._snapshot.set_gradients_aside()
+            copies = {id(self._weight(module)) for module in self._swapped}
+            changed, whole = structure.put_back(copies)
+        if changed is None and changed_values is not None and (name := changed_values()):
+            changed = f"changed the weight {name!r}"
+            whole = id(self.model.get_parameter(name)) in copies
+        if changed is not None:
             raise EvalError(
-                f"the eval function of task {task.name!r} changed the weight {changed[0]!r} of "
-                f"the model. An eval function may only read; score a copy instead."
+                f"the eval function of task {task.name!r} {changed} of the model. An eval function "
+                f"may only read; score a copy instead."
+                + ("" if whole else " What it wrote over is lost: load the model again.")
             )
         return read_score(raw, task)
-
-    def _versions(self) -> dict[str, tuple[int, int, int]]:
-        # An offloaded weight is on the meta device between forward calls: a new object every time.
-        named = [(name, p) for name, p in self.model.named_parameters() if not p.is_meta]
-        return {name: (id(p), p.data_ptr(), p._version) for name, p in named}

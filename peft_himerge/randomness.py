@@ -1,4 +1,4 @@
-"""The random states of this process as plain JSON values, to be kept or sent to others."""
+"""The random states of this process: put back as they were, or kept and sent as JSON values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["capture", "install"]
+__all__ = ["capture", "install", "put_back", "states"]
+
+
+def states() -> tuple[Any, ...]:
+    """Return the states of Python's, NumPy's and torch's generators (CPU, all GPUs) as they are."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def put_back(state: tuple[Any, ...]) -> None:
+    """Put the states of `states` in place."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3]:
+        torch.cuda.set_rng_state_all(state[3])
 
 
 def capture() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,16 +78,39 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def render_markdown(facts: Mapping[str, Any]) -> str:
-    """Return report.md for the facts of `MergeResult.to_dict`."""
-    plan = facts["plan"]
+    """Return report.md for the facts of `MergeResult.to_dict` or `AdapterMerge.to_dict`."""
     parts = [f"# Merge report: {facts['adapter_name']}"]
     if facts["scores"]:
         parts += [
             "## Scores",
             markdown_table(*score_rows(facts["scores"], facts["standard_errors"])),
         ]
+    parts += _method_parts(facts) if "method" in facts else _plan_parts(facts)
+    return "\n\n".join(parts) + "\n"
+
+
+def _method_parts(facts: Mapping[str, Any]) -> list[str]:
+    method, export, cost = facts["method"], facts["export"], facts["cost"]
+    weights = [[name, f"{value:g}"] for name, value in facts["weights"].items()]
+    given = {**facts["options"], "space": facts["space"], "seed": facts["seed"]}
+    options = [[key, json.dumps(value, default=str)] for key, value in given.items()]
+    return [
+        "## Method",
+        f"{method['title']}: `{method['name']}`, after {method['variant']}, on the true deltas "
+        f"scaling * B @ A.",
+        markdown_table(["adapter", "weight"], weights),
+        markdown_table(["option", "value"], options),
+        "## Export and cost",
+        f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}. "
+        f"{cost['scores']} scores, {cost['seconds']:.1f} s.",
+        *(f"- {note}" for note in facts["notes"]),
+    ]
+
+
+def _plan_parts(facts: Mapping[str, Any]) -> list[str]:
+    plan = facts["plan"]
     edits = [[name, f"{e['density']:g}", f"{e['scale']:g}"] for name, e in plan["adapters"].items()]
-    parts += ["## Model-wise step", markdown_table(["adapter", "density", "scale"], edits)]
+    parts = ["## Model-wise step", markdown_table(["adapter", "density", "scale"], edits)]
     if facts["conflicts"]:
         rows = [
             [c["layer"], c["kind"], f"{c['Gamma']:+.4f}", c["done"]] for c in facts["conflicts"]
@@ -96,22 +120,26 @@ def render_markdown(facts: Mapping[str, Any]) -> str:
             markdown_table(["layer", "kind", "Gamma", "done"], rows),
         ]
     if facts["contributions"]:
-        keys = ("alpha_alone", "beta_alone", "alpha_merged", "beta_merged", "gamma")
-        rows = []
-        for row in facts["contributions"]:
-            se = row["gamma_se"]
-            cells = [f"{row[key]:+.4f}" for key in keys]
-            cells[-1] += f" ± {se:.4f}" if se is not None else ""
-            rows.append([row["layer"], row["task"], *cells])
-        parts += ["## Contributions", markdown_table(["layer", "task", *keys], rows)]
+        parts += ["## Contributions", _contribution_table(facts["contributions"])]
     export, cost = facts["export"], facts["cost"]
     drop = export["drop"]
     lost = "not scored" if drop is None else f"mean score lost by export {drop:+.4f}"
-    parts += [
+    return [
+        *parts,
         "## Export and cost",
         f"Rank {export['rank']}, relative error of the deltas {export['relative_error']:.2e}, "
         f"{lost}. "
         f"{cost['scores']} scores, {cost['seconds']:.1f} s. Plan fingerprint "
         f"`{plan['fingerprint'][:16]}`.",
     ]
-    return "\n\n".join(parts) + "\n"
+
+
+def _contribution_table(contributions: Sequence[Mapping[str, Any]]) -> str:
+    keys = ("alpha_alone", "beta_alone", "alpha_merged", "beta_merged", "gamma")
+    rows = []
+    for row in contributions:
+        se = row["gamma_se"]
+        cells = [f"{row[key]:+.4f}" for key in keys]
+        cells[-1] += f" ± {se:.4f}" if se is not None else ""
+        rows.append([row["layer"], row["task"], *cells])
+    return markdown_table(["layer", "task", *keys], rows)

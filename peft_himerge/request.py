@@ -105,6 +105,7 @@ def prepare(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConfigError(f"seed must be a whole number, got {seed!r}.")
     carried_over = carried_of(model, list(weights), list(weights.values()), policy)
+    least_rank = _rank_for_experts(info, carried_over, rank, least_rank)
     read = read_adapters(model, sorted(weights), carried=FIELDS)
     if strict_base:
         _check_base(read)
@@ -127,6 +128,23 @@ def prepare(
         least_rank=least_rank,
         seed=seed,
     )
+
+
+def _rank_for_experts(info: MethodInfo, carried: Carried, rank: Rank, least: int) -> int:
+    """Return the least rank that holds the factors of fused experts, which are only summed."""
+    if not carried.rank:
+        return least
+    if info.name != "cat":
+        raise ConfigError(
+            f"method {info.name!r} does not work on bare parameters (target_parameters): their "
+            f"factors can only be summed. Use method='cat'."
+        )
+    if not isinstance(rank, str) and rank < carried.rank:
+        raise ConfigError(
+            f"bare parameters (target_parameters) are summed exactly, which takes the rank "
+            f"{carried.rank}; got rank {rank}. Ask for that rank, or use combination_type='cat'."
+        )
+    return max(least, carried.rank)
 
 
 def stacks_of(
@@ -240,7 +258,7 @@ def check_rank(rank: Any) -> Rank:
     if isinstance(rank, str):
         fine = rank in ("auto", "exact")
     elif isinstance(rank, int):
-        fine = not isinstance(rank, bool) and rank >= 1
+        fine = not isinstance(rank, bool) and 1 <= rank < 1 << 31
     else:
         fine = isinstance(rank, float) and 0.0 < rank < 1.0
     if not fine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,16 @@ from .plan import MergePlan
 from .scoring import Score
 from .search import Trial
 
-__all__ = ["MergeResult", "ModuleError", "relative_error", "save_page", "versions"]
+__all__ = [
+    "MergeResult",
+    "ModuleError",
+    "deltas_of",
+    "module_records",
+    "relative_error",
+    "save_page",
+    "save_reports",
+    "versions",
+]
 
 _LOG = logging.getLogger("peft_himerge.result")
 
@@ -161,28 +170,15 @@ class MergeResult:
             OutputError: the folder is in use or cannot be written; it is as it was.
         """
         licences = card.licences_of(sources, self.plan.sources)
-        facts = self.to_dict() | {"geometry": self._geometry()}
-        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+        shown = deltas_of(self.model, self.adapter_name, self._unchanged)
+        facts = self.to_dict() | {"geometry": shown}
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
         with publishing(folder) as new:
             files.write_text(new / "plan.json", self.plan.to_json())
-            files.write_text(new / "report.json", text + "\n")
-            files.write_text(new / "report.md", report.render_markdown(facts))
-            if page:
-                save_page(new, facts)
+            save_reports(new, facts, page=page)
             files.write_text(new / "README.md", card.render_card(facts, base, licences))
             export.write_adapter(self.model, self.adapter_name, new)
         return Path(folder)
-
-    def _geometry(self) -> dict[str, Any] | None:
-        """Return what report.json says of the deltas; None if they are no longer those merged."""
-        try:
-            combiner = self._unchanged()
-        except AdapterError as exc:
-            _LOG.warning("the report is without norms, cosines and spectra: %s", exc)
-            return None
-        exported = plain_factors(self.model, self.adapter_name)
-        return geometry.to_records(geometry.layer_geometry(combiner), geometry.spectra_of(exported))
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
         """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
@@ -233,10 +229,7 @@ class MergeResult:
                 "rank": self.rank,
                 "relative_error": self.export_error,
                 "drop": self.export_drop,
-                "modules": [
-                    {"module": m.module, "rank": m.rank, "relative_error": m.error, "norm": m.norm}
-                    for m in self.modules
-                ],
+                "modules": module_records(self.modules),
             },
             "cost": {
                 "scores": self.scores_computed,
@@ -254,6 +247,42 @@ def relative_error(modules: Sequence[ModuleError]) -> float:
     total = sum(m.norm**2 for m in modules)
     lost = sum((m.error * m.norm) ** 2 for m in modules)
     return (lost / total) ** 0.5 if total else 0.0
+
+
+def module_records(modules: Sequence[ModuleError]) -> list[dict[str, Any]]:
+    """Return what report.json says of each module's export."""
+    return [
+        {"module": m.module, "rank": m.rank, "relative_error": m.error, "norm": m.norm}
+        for m in modules
+    ]
+
+
+def deltas_of(
+    model: PeftModel, adapter_name: str, sources: Callable[[], Combiner]
+) -> dict[str, Any] | None:
+    """Return the key "geometry" of report.json; None if the sources are no longer those merged.
+
+    Args:
+        model: holds the merged adapter.
+        adapter_name: its name.
+        sources: gives the merged adapters; raises an AdapterError if they have changed.
+    """
+    try:
+        combiner = sources()
+    except AdapterError as exc:
+        _LOG.warning("the report is without norms, cosines and spectra: %s", exc)
+        return None
+    exported = plain_factors(model, adapter_name)
+    return geometry.to_records(geometry.layer_geometry(combiner), geometry.spectra_of(exported))
+
+
+def save_reports(folder: Path, facts: Mapping[str, Any], *, page: bool = True) -> None:
+    """Write report.json, report.md and, if wanted, report.html."""
+    text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+    files.write_text(folder / "report.json", text + "\n")
+    files.write_text(folder / "report.md", report.render_markdown(facts))
+    if page:
+        save_page(folder, facts)
 
 
 def save_page(folder: Path, facts: Mapping[str, Any]) -> None:

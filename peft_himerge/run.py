@@ -87,6 +87,7 @@ class Run:
                 tuple(self.layers),
                 engine.total,
                 self.plan.sources,
+                self.config.model_dump(),
             )
         )
         engine.begin("base")
@@ -189,25 +190,49 @@ class Run:
 
     def _treat(self, engine: Engine, conflict: conflicts.Conflict) -> Resolution:
         """Edit one layer, or leave it, as config.accept says; the plan is the new one."""
-        options = conflicts.options(conflict, self.plan, self.config)
-        plans = [self.plan.with_edits(conflict.layer, edits) for edits in options]
-        changes = [plan.fingerprint != self.plan.fingerprint for plan in plans]
-        if not any(changes):
-            return Resolution(conflict, options[0], accepted=bool(options[0]))
+        layer, start = conflict.layer, self.plan
+        proposed = conflicts.resolve(conflict, start, self.config)
+        paper = start.with_edits(layer, proposed)
         if self.config.accept == "always":
-            self.plan = plans[0]
-            return Resolution(conflict, options[0], accepted=True)
+            self.plan = paper
+            return Resolution(conflict, proposed, accepted=bool(proposed))
+        measured = self._try(engine, [paper])
+        if self.config.accept == "best":
+            for name in start.edits[layer]:
+                steps = conflicts.grades(self.plan, layer, name)
+                plans = [self.plan.with_edit(layer, name, edit) for edit in steps]
+                self._try(engine, plans, rise=True)
+        if self.plan is start and measured is None:
+            return Resolution(conflict, proposed, accepted=bool(proposed))
+        before = _values(self._scores(engine, start))
+        if self.plan is start:
+            return Resolution(conflict, proposed, False, before, measured or {})
+        after = _values(self._scores(engine, self.plan))
+        if self.plan == paper:
+            return Resolution(conflict, proposed, True, before, after)
+        was = start.edits[layer]
+        edits = {n: edit for n, edit in self.plan.edits[layer].items() if edit != was[n]}
+        return Resolution(conflict, edits, True, before, after)
+
+    def _try(
+        self, engine: Engine, plans: Sequence[MergePlan], *, rise: bool = False
+    ) -> dict[str, float] | None:
+        """Make the best of these the plan if the mean score does not fall, or rises.
+
+        Returns:
+            The scores of the best one; None if all are the plan itself.
+        """
+        plans = [plan for plan in plans if plan.fingerprint != self.plan.fingerprint]
+        if not plans:
+            return None
         self._ask(engine, list(self.tasks), self.plan, *plans)
-        before = self._scores(engine, self.plan)
+        before = _mean(self._scores(engine, self.plan))
         after = [self._scores(engine, plan) for plan in plans]
-        # Of equal ones the first: the paper's own edit stands before the graded ones.
         best_at = max(range(len(plans)), key=lambda i: (_mean(after[i]), -i))
-        accepted = _mean(after[best_at]) >= _mean(before)
-        if accepted:
+        won = _mean(after[best_at]) - before
+        if won > 0 or (won == 0 and not rise):
             self.plan = plans[best_at]
-        return Resolution(
-            conflict, options[best_at], accepted, _values(before), _values(after[best_at])
-        )
+        return _values(after[best_at])
 
     def score_export(self, engine: Engine, name: str) -> None:
         """Score the exported adapter and refuse it if it lost too much (DESIGN 4.4)."""

@@ -3,6 +3,8 @@
 Source: Hi-Merging searches both over 0.1..1.0 in steps of 0.1 on the adapter's own task ("grid").
 "coarse" is ours: one line over scale, one over density, one last look, at most 12 scores.
 "optuna" asks Optuna's TPE for points of the grid, within a budget, from density 1 and scale 1 on.
+On the merged model scales above 1 are tried too (ours): an adapter that the others drown needs more
+of itself than it does alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from .sampler import explore, import_optuna, propose
 __all__ = ["GRID", "Trial", "best", "budget", "check_search", "search_edit"]
 
 GRID = tuple(round(0.1 * i, 1) for i in range(1, 11))
+_ABOVE = (1.25, 1.5)
 _COARSE_SCALE = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+_COARSE_MERGED = (0.3, 0.5, 0.7, 1.0, *_ABOVE)
 _COARSE_DENSITY = (0.1, 0.2, 0.3, 0.5, 0.7)
 _OPTUNA_BUDGET = 20
 
@@ -41,10 +45,16 @@ def budget(config: HiMergeConfig) -> int:
     free = ("search" == config.density) + ("search" == config.scale)
     if free == 0:
         return 0
-    points: int = len(GRID) ** free
+    points = 1
+    for option, values in (("density", GRID), ("scale", _scales(config))):
+        points *= len(values) if getattr(config, option) == "search" else 1
     if config.search == "optuna":
         return min(config.search_budget or _OPTUNA_BUDGET, points)
     return points if config.search == "grid" or free == 1 else 12
+
+
+def _scales(config: HiMergeConfig) -> tuple[float, ...]:
+    return GRID if config.search_target == "own" else (*GRID, *_ABOVE)
 
 
 def check_search(config: HiMergeConfig) -> None:
@@ -81,9 +91,9 @@ def search_edit(
         return values
 
     densities = GRID if free_density else (given.density,)
-    scales = GRID if free_scale else (given.scale,)
+    scales = _scales(config) if free_scale else (given.scale,)
     if config.search == "optuna":
-        start = (densities[-1], scales[-1])
+        start = (densities[-1], 1.0 if free_scale else given.scale)
         points = propose("optuna", (densities, scales), budget(config), first=[start])
         explore(points, lambda batch: score([Edit(*point) for point in batch]))
         return trials
@@ -92,9 +102,10 @@ def search_edit(
         return trials
     # Scale first: on real adapters it decides more than density does, and the trials at density 1
     # cost no threshold.
-    look((1.0,), _COARSE_SCALE)
+    line = _COARSE_SCALE if config.search_target == "own" else _COARSE_MERGED
+    look((1.0,), line)
     look(_COARSE_DENSITY, (best(trials).edit.scale,))
     top = best(trials).edit
-    at = _COARSE_SCALE.index(top.scale)
-    look((top.density,), (_COARSE_SCALE[at - 1 if at else at + 1],))
+    at = line.index(top.scale)
+    look((top.density,), (line[at - 1 if at else at + 1],))
     return trials

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraModel
 
-from .adapters import check_config
+from .adapters import check_config, check_model
 from .byhi import HI, merge_by_hi
 from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
@@ -126,8 +126,8 @@ def add_weighted_adapter(
     owner = _owner(model)
     names = check_names(owner, adapters, adapter_name, overwrite=overwrite)
     of = check_weights(names, weights)
-    _refuse_configs(owner, names)
     strict = compat == "peft" or isinstance(model, LoraModel)
+    _refuse_configs(owner, names, strict=strict)
     rank = _new_rank(owner, names, combination_type, svd_rank, strict=strict)
     _check_svd(svd_clamp, svd_driver, compat)
     info, options = _method(combination_type, density, majority_sign_method, alone=len(names) == 1)
@@ -166,12 +166,9 @@ def add_weighted_adapter(
 
 def _owner(model: Any) -> PeftModel:
     """Return a PeftModel around a bare LoraModel, so that one code path serves both."""
-    if isinstance(model, PeftModel):
-        return model
     if not isinstance(model, LoraModel):
-        raise AdapterError(
-            f"model must be a peft.PeftModel with the adapters loaded, got {type(model).__name__}."
-        )
+        check_model(model)
+        return model
     shell = PeftModel.__new__(PeftModel)
     torch.nn.Module.__init__(shell)
     shell.peft_type = PeftType.LORA
@@ -184,10 +181,10 @@ def _owner(model: Any) -> PeftModel:
     return shell
 
 
-def _refuse_configs(model: PeftModel, names: Sequence[str]) -> None:
+def _refuse_configs(model: PeftModel, names: Sequence[str], *, strict: bool) -> None:
     for name in names:
         config = model.peft_config[name]
-        if getattr(config, "target_parameters", None):
+        if strict and getattr(config, "target_parameters", None):
             raise AdapterError(
                 f"add_weighted_adapter does not support targeting nn.Parameter (problematic "
                 f"adapter '{name}'). Target nn.Linear modules instead."

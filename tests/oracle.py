@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,12 +82,12 @@ def deltas(model: PeftModel, name: str) -> Deltas:
 
     ``scaling`` is computed from the adapter's config: alpha/r, or alpha/sqrt(r) with rsLoRA, where
     ``alpha_pattern`` and ``rank_pattern`` override alpha and r. A pattern's key fits a module if it
-    matches the whole name or a dotted end of it.
+    matches the whole name or a dotted end of it. Factors of bare parameters are left out.
     """
     config = model.peft_config[name]
     result = {}
     for path, module in model.base_model.model.named_modules():
-        if name in getattr(module, "lora_A", {}):
+        if name in getattr(module, "lora_A", {}) and not isinstance(module, ParamWrapper):
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
         elif name in getattr(module, "lora_embedding_A", {}):
             a, b = module.lora_embedding_A[name], module.lora_embedding_B[name]
@@ -97,7 +98,7 @@ def deltas(model: PeftModel, name: str) -> Deltas:
         if a.shape[0] != r:
             raise AssertionError(f"{path}: A has rank {a.shape[0]}, the config says {r}")
         scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        result[path] = scaling * (b.detach().double() @ a.detach().double())
+        result[path] = scaling * (b.detach().double().flatten(1) @ a.detach().double().flatten(1))
     return result
 
 
@@ -112,13 +113,15 @@ def weight_delta(module: nn.Module, delta: Tensor) -> Tensor:
     """Turn a delta (out, in) into the orientation in which ``module`` stores its weight.
 
     Linear stores (out, in); GPT-2's Conv1D stores (in, out); Embedding stores (tokens, width), that
-    is (in, out), a token being a one-hot input.
+    is (in, out), a token being a one-hot input; a convolution stores (out, in, *kernel).
     """
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     if isinstance(base, nn.Linear):
         return delta
     if isinstance(base, (Conv1D, nn.Embedding)):
         return delta.T
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return delta.reshape(base.weight.shape)
     raise TypeError(f"the oracle knows no {type(base).__name__}")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
 
-from peft_himerge import HiMergeConfig, merge_adapters_hi
+from peft_himerge import HiMergeConfig, merge_adapters, merge_adapters_hi
 
 EVIL = "<script>f()</script>"
 
@@ -25,6 +26,27 @@ def save_merge(folder: Path, **options: Any) -> Path:
         config=config,
     )
     return result.save(folder)
+
+
+def save_by_method(folder: Path, method: str = "ties", **options: Any) -> Path:
+    """Merge the same two adapters by a method of the registry and save the result."""
+    model = tiny.peft_model("llama", 2, torch.float32)
+    return merge_adapters(model, ["zh", "en"], method, rank=4, **options).save(folder)
+
+
+def with_test(folder: Path, merged: str = "merged") -> Path:
+    """Add a table of test scores to a saved report, as a recipe does, and make its page again."""
+    from peft_himerge.page import parse_report, render_page
+
+    told = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    level = {"base": 0.2, "zh": 0.4, "en": 0.5, merged: 0.6}
+    told["test"] = {
+        "scores": {s: {"zh": v + 0.02, "en": v} for s, v in level.items()},
+        "standard_errors": {s: {"zh": 0.02, "en": 0.03} for s in level},
+    }
+    (folder / "report.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "report.html").write_text(render_page(parse_report(told)), encoding="utf-8")
+    return folder
 
 
 def facts(*names: str, layers: int = 3) -> dict[str, Any]:

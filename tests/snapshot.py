@@ -18,6 +18,8 @@ from torch import nn
 
 def bits(tensor: torch.Tensor) -> str:
     """Return a digest of shape, dtype and bytes: equal digests, equal bits."""
+    if hasattr(tensor, "__tensor_flatten__"):  # made of several tensors, as torchao's
+        return " ".join(bits(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
     state = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     state.update(raw.tobytes())
@@ -48,7 +50,9 @@ def snapshot(model: nn.Module, *, but: str | None = None) -> dict[str, Any]:
         if name != but:
             facts[f"config {name}"] = repr(sorted(config.to_dict().items(), key=lambda kv: kv[0]))
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        if counts(path):
+        if counts(path) and parameter.is_meta:
+            facts[f"parameter {path}"] = "offloaded: a new object after every call"
+        elif counts(path):
             facts[f"parameter {path}"] = bits(parameter)
             facts[f"object {path}"] = id(parameter)
             facts[f"storage {path}"] = parameter.data_ptr()

@@ -133,7 +133,9 @@ def test_scores_of_convolutions_work_in_both_strategies() -> None:
             inner = model.base_model.model.blocks
             x = torch.linspace(-1, 1, 3 * 6 * 6).view(1, 3, 6, 6)
             y = torch.linspace(-1, 1, 2 * 4 * 4 * 4).view(1, 2, 4, 4, 4)
-            return float(inner[1](x).sum() + inner[2](y).sum() + inner[0](x[0, :, 0, :]).sum())
+            words = inner[3](inner[4](torch.arange(3)))
+            convolved = inner[1](x).sum() + inner[2](y).sum() + inner[0](x[0, :, 0, :]).sum()
+            return float(convolved + words.sum())
 
         config = HiMergeConfig(
             density=0.5, scale=0.9, strategy=strategy, max_export_drop=None, rank="exact"

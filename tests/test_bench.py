@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from peft_himerge.bench import own, run_bench
 from peft_himerge.bench.lineup import LINEUP, choose
 from peft_himerge.bench.run import Options
 from peft_himerge.bench.table import read_settings, render, summarise
+from peft_himerge.bench.train import train_tasks
 from peft_himerge.cli import app
+from peft_himerge.demo.loop import TrainSettings
 from peft_himerge.demo.questions import Splits
 from peft_himerge.errors import ConfigError
 from peft_himerge.evals import MultipleChoiceRow, load_rows, multiple_choice
@@ -42,6 +47,10 @@ def _choices(seed: int, count: int) -> list[dict[str, Any]]:
 
 def _texts(seed: int, count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"say {i + seed}:", "references": ["ab", f"{i} a"]} for i in range(count)]
+
+
+def _training_texts(seed: int, count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"say {i + seed}:", "target": f" {i} a"} for i in range(count)]
 
 
 def vars_of(options: Options) -> list[str]:
@@ -301,3 +310,87 @@ def test_every_contender_of_the_lineup_is_there_once_and_its_options_exist() -> 
             get_method(contender.method).check(contender.choices)
     assert "slerp" not in [c.name for c in choose((), 3)]
     assert [c.name for c in choose(("ties", "average"), 2)] == ["average", "ties"]
+
+
+def _train(root: Path, out: Path, *more: str) -> dict[str, Any]:
+    """Run the script as a user would, in a process of its own; returns name -> training.json."""
+    script = Path(__file__).parents[1] / "examples" / "bench" / "train.py"
+    folders = [f"--{n}={p}" for n, p in (("base", root / "base"), ("data", root / "data"))]
+    command = [sys.executable, str(script), *folders, f"--out={out}", "--steps=2", *more]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ})
+    told = {p.parent.name: json.loads(p.read_text()) for p in out.glob("*/training.json")}
+    assert all((out / name / "adapter_model.safetensors").is_file() for name in told)
+    return told
+
+
+def test_training_script_makes_adapters_and_mixes_that_the_bench_takes(
+    root: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(root / "data", data)
+    for name, make in (("one", _choices), ("text", _training_texts)):
+        lines = [json.dumps(row) for row in make(50, 40)]
+        (data / name / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    place = tmp_path / "root"
+    place.mkdir()
+    (place / "base").symlink_to(root / "base")
+    (place / "data").symlink_to(data)
+    told = _train(place, place / "adapters", "one", "text", "one+text")
+    assert {name: t["settings"]["steps"] for name, t in told.items()} == {
+        "one": 2,
+        "text": 2,
+        "one+text": 4,
+    }
+    assert told["one+text"]["rows"] == 64
+    before = (place / "adapters" / "one" / "adapter_model.safetensors").stat().st_mtime_ns
+    _train(place, place / "adapters", "one")
+    assert (place / "adapters" / "one" / "adapter_model.safetensors").stat().st_mtime_ns == before
+    cells, _ = bench(place, place / "out", [["one", "text"]], contenders=["average"])
+    lines = [line.name for line in read_settings(cells)["one+text"]]
+    assert lines == ["base", "one", "text", "one+text", "average"]
+
+
+def test_training_minimises_the_answers_loss(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "one" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    row = json.dumps({"prompt": "say", "target": " it"})
+    path.write_text("\n".join([row] * 64) + "\n", encoding="utf-8")
+    losses = {}
+    for steps in (1, 8):
+        setting = TrainSettings(steps=steps, batch_size=8, learning_rate=3e-2, rank=4, alpha=8)
+        out = tmp_path / str(steps)
+        folder = train_tasks(
+            root / "base", tmp_path / "data", ["one"], out, settings=setting, progress=False
+        )
+        losses[steps] = json.loads((folder / "training.json").read_text())["last_loss"]
+    assert losses[8] < 0.9 * losses[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [(None, "is no file"), ({"prompt": "a"}, "a row needs 'target'"), ({}, "give fewer steps")],
+)
+def test_rows_that_cannot_be_trained_on_are_refused(
+    root: Path, tmp_path: Path, row: Any, text: str
+) -> None:
+    path = tmp_path / "one" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    if row is not None:
+        path.write_text((json.dumps(row) + "\n") * (32 if row else 3), encoding="utf-8")
+    setting = TrainSettings(steps=2, batch_size=16)
+    with pytest.raises(ConfigError, match=text):
+        train_tasks(root / "base", tmp_path, ["one"], tmp_path / "out", settings=setting)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_in_bfloat16_scores_what_transformers_scores_in_it(
+    root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="got 'float16'"):
+        bench(root, tmp_path, [["one", "two"]], options=replace(SIZES, dtype="float16"))
+    half = replace(SIZES, dtype="bfloat16")
+    cells, _ = bench(root, tmp_path, [["one", "two"]], contenders=["average"], options=half)
+    base = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.bfloat16)
+    lines = {line.name: line for line in read_settings(cells)["one+two"]}
+    for task in ("one", "two"):
+        assert lines["base"].values[task][0] == pytest.approx(_accuracy(base, task, root))

@@ -161,3 +161,18 @@ def test_names_given_per_adapter_must_be_the_adapters() -> None:
     for names in (["en"], ["en", "zh", "fr"], ["en", "fr"]):
         with pytest.raises(ConfigError, match="density is given for"):
             config.check_names(names, names)
+
+
+def test_variant_fills_in_what_is_not_given() -> None:
+    paper, joint = HiMergeConfig(variant="paper"), HiMergeConfig(variant="joint")
+    assert (paper.search_target, paper.accept) == ("own", "always")
+    assert (joint.search_target, joint.accept) == ("merged", "best")
+    mixed = HiMergeConfig(variant="joint", accept="no_regression")
+    assert (mixed.search_target, mixed.accept) == ("merged", "no_regression")
+    for config in (paper, joint, mixed):
+        assert HiMergeConfig(**config.model_dump()) == config
+        assert HiMergeConfig.model_validate(config.model_dump(mode="json")) == config
+    with pytest.raises(ConfigError, match=r"variant: Input should be 'paper' or 'joint'"):
+        HiMergeConfig(variant="ours")
+    with pytest.raises(ConfigError, match="variant"):
+        HiMergeConfig(variant=["joint"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_himerge import Edit, HiMergeConfig, MergePlan
-from peft_himerge.conflict import GRADES, Conflict, ConflictKind, find, options, rank, resolve
+from peft_himerge.conflict import GRADES, Conflict, ConflictKind, find, grades, rank, resolve
 from peft_himerge.contribution import Contribution
 from peft_himerge.plan import DROP, IDENTITY
 
@@ -172,24 +172,9 @@ def two_layers() -> MergePlan:
     return MergePlan.model_wise({"h.0": ["a", "b"], "h.1": ["a"]}, whole)
 
 
-def test_options_of_the_paper_are_the_one_edit() -> None:
-    conflict = judge(row("a", 0.1, 1.0), row("b", 0.2, 3.0))
-    for accept in ("always", "no_regression"):
-        config = HiMergeConfig(accept=accept)
-        found = options(conflict, two_layers(), config)
-        assert found == [resolve(conflict, two_layers(), config)]
-
-
-def test_options_by_degrees_scale_one_adapter_at_a_time_after_the_paper_s_edit() -> None:
-    conflict = judge(row("a", 0.1, 1.0), row("b", -0.2, 3.0))
-    config = HiMergeConfig(accept="best")
-    first, *graded = options(conflict, two_layers(), config)
-    assert first == {"b": Edit(0.5, 0.5)}
-    assert graded == [{name: Edit(1.0, g)} for name in ("a", "b") for g in GRADES]
-    edited = two_layers().with_edit("h.0", "a", DROP)
-    assert len(options(conflict, edited, config)) == 1 + len(GRADES)
-
-
-def test_options_of_a_mutual_layer_leave_it_alone_by_degrees_too() -> None:
-    conflict = judge(row("a", -0.1), row("b", -0.2))
-    assert options(conflict, two_layers(), HiMergeConfig(accept="best")) == [{}]
+def test_grades_scale_one_adapter_in_one_layer() -> None:
+    plan = two_layers()
+    assert grades(plan, "h.0", "a") == [Edit(1.0, g) for g in GRADES]
+    edited = plan.with_edit("h.0", "a", Edit(0.5, 2.0)).with_edit("h.0", "b", DROP)
+    assert grades(edited, "h.0", "a") == [Edit(0.5, 2.0 * g) for g in GRADES]
+    assert grades(edited, "h.0", "b") == []

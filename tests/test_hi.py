@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from snapshot import bits, moved, snapshot
 from peft_himerge import HiMergeConfig, MergePlan, MergeResult, apply_plan, merge_adapters_hi
 from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
+from peft_himerge.conflict import resolve
 from peft_himerge.errors import AdapterError, ConfigError, EvalError, MissingExtraError
+from peft_himerge.hi import score_plans
+from peft_himerge.plan import IDENTITY, Edit
 
 FIXED = {"density": 0.4, "scale": 0.9}
 NUMBERS = (
@@ -555,3 +559,39 @@ def test_accept_best_is_never_worse_than_its_start_nor_than_the_paper_s_edits(ki
                 assert last is None or before == last
                 last = after if resolution.accepted else before
     assert means["best"] > means["no_regression"]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("llama", 2), ("gpt2", 3)])
+def test_accept_best_climbs_as_one_would_by_hand(kind: str, count: int) -> None:
+    """Layer by layer: the paper's edit if nothing falls, then each adapter's scale if it rises."""
+    model = tiny.peft_model(kind, count, seed=1)
+    names = list(tiny.NAMES[:count])
+    fns = tiny.eval_fns(kind, names, seed=1)
+    config = HiMergeConfig(**FIXED, accept="best", max_export_drop=None)
+    result = merge_adapters_hi(model, names, fns, config=config)
+
+    def mean(plan: MergePlan) -> float:
+        (found,) = score_plans(model, names, {"it": plan}, fns).values()
+        return sum(score.value for score in found.values()) / len(found)
+
+    rows = {layer: dict.fromkeys(row, IDENTITY) for layer, row in result.plan.edits.items()}
+    plan = replace(result.plan, edits=rows)
+    moved_by_degrees = 0
+    for resolution in result.conflicts:
+        layer = resolution.conflict.layer
+        paper = plan.with_edits(layer, resolve(resolution.conflict, plan, config))
+        plan = paper if mean(paper) >= mean(plan) else plan
+        for name in sorted(plan.edits[layer]):
+            edit = plan.edits[layer][name]
+            tried = [
+                plan.with_edit(layer, name, Edit(edit.density, edit.scale * f))
+                for f in (0, 0.5, 1.5)
+            ]
+            best = max(tried, key=mean)
+            if not edit.drops and mean(best) > mean(plan):
+                plan, moved_by_degrees = best, moved_by_degrees + 1
+        if resolution.accepted and resolution.after:
+            assert sum(resolution.after.values()) / len(fns) == pytest.approx(mean(plan), abs=1e-9)
+            assert {n: plan.edits[layer][n] for n in resolution.edits} == dict(resolution.edits)
+    assert plan == result.plan
+    assert moved_by_degrees > 0

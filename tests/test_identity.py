@@ -57,23 +57,23 @@ def test_base_digest_changes_with_any_weight(kind: str) -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 2**15 * 2, 2**15 * 2 + 5, 2**15 * 6])
 def test_a_checksum_sees_every_change_and_every_swap(size: int) -> None:
-    from peft_himerge.identity import _tensor_digest
+    from peft_himerge.identity import tensor_digest
 
     draw = torch.Generator().manual_seed(size)
     tensor = torch.randn(size, generator=draw)
-    before = _tensor_digest(tensor)
-    assert _tensor_digest(tensor.clone()) == before
-    assert _tensor_digest(tensor.reshape(1, -1)) != before
-    assert _tensor_digest(tensor.half()) != before
+    before = tensor_digest(tensor)
+    assert tensor_digest(tensor.clone()) == before
+    assert tensor_digest(tensor.reshape(1, -1)) != before
+    assert tensor_digest(tensor.half()) != before
     padded = torch.cat([torch.zeros(1), tensor])[1:]  # starts in the middle of a word
-    assert _tensor_digest(padded) == before
+    assert tensor_digest(padded) == before
     for place in {0, size // 2, size - 1}:
         other = tensor.clone()
         other[place] += 1.0
-        assert _tensor_digest(other) != before
+        assert tensor_digest(other) != before
     if size > 3:
         for step in {2, 2 * (size // 4)}:  # whole words change places
-            assert _tensor_digest(tensor.roll(step)) != before
+            assert tensor_digest(tensor.roll(step)) != before
 
 
 def test_base_digest_changes_with_settings_that_change_the_forward() -> None:

@@ -332,7 +332,7 @@ def test_comparison_shows_scores_differences_kinds_and_settings(merged: Path, ot
         next(c.kind for c in report.conflicts if c.layer == first.layers[0])
         for report in (first, second)
     ]
-    assert {spec["id"] for spec in specs(text)} == {"scores", "gammas"}
+    assert {spec["id"] for spec in specs(text)} == {"scores", "gammas", "norms"}
 
 
 def test_comparison_of_runs_with_other_tasks_leaves_gaps() -> None:
@@ -357,8 +357,9 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
     [
         (None, "cannot read the report"),
         ("{", "cannot read the report"),
-        ("[]", "is no report"),
-        ('{"format": "peft_himerge.adapter_merge/1"}', "is no report of a merge"),
+        ("[]", "cannot read the report.*holds no JSON object"),
+        ('{"format": "peft_himerge.sweep/1"}', "is no report of a merge"),
+        ('{"format": "peft_himerge.adapter_merge/1"}', "is damaged: adapter_name"),
         ('{"format": "peft_himerge.report/1", "adapter_name": 3}', "is damaged: adapter_name"),
     ],
 )

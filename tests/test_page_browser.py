@@ -19,7 +19,7 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--di
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The page of a real merge, one with hostile names, and a comparison."""
+    """Pages of real merges by Hi-Merging and by TIES, hostile names, and comparisons."""
     from peft_himerge.page import parse_report, render_comparison, render_page
 
     root = tmp_path_factory.mktemp("pages")
@@ -30,7 +30,17 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     evil.write_text(render_page(parse_report(reports.facts(*names))), encoding="utf-8")
     compared = root / "compared.html"
     compared.write_text(render_comparison([first, second]), encoding="utf-8")
-    return {"merge": first / "report.html", "evil": evil, "compared": compared}
+    tested = reports.with_test(reports.save_merge(root / "tested", density=0.5))
+    ties = reports.with_test(reports.save_by_method(root / "ties", density=0.4), "ties")
+    mixed = root / "mixed.html"
+    mixed.write_text(render_comparison([tested, ties]), encoding="utf-8")
+    return {
+        "merge": first / "report.html",
+        "evil": evil,
+        "compared": compared,
+        "ties": ties / "report.html",
+        "mixed": mixed,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,7 @@ class Opened:
         return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
-@pytest.mark.parametrize("name", ["merge", "evil", "compared"])
+@pytest.mark.parametrize("name", ["merge", "evil", "compared", "ties", "mixed"])
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark"), (390, "light")])
 def test_opens_from_disk_without_a_fault_and_draws_every_chart(
     browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str
@@ -165,3 +175,18 @@ def test_a_hostile_name_is_text_in_tables_and_in_charts(
     assert page.locator("#s-scores thead th", has_text=reports.EVIL).count() >= 1
     legend = page.locator("#scores .legendtext").all_text_contents()
     assert legend[:2] == [reports.EVIL, "数学 & “law”"]
+
+
+def test_a_page_of_another_method_has_its_own_sections_and_links_that_lead_there(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    opened = Opened(browser, pages["ties"])
+    page = opened.page
+    assert page.locator("h2").all_text_contents() == [
+        *("Test scores", "Method", "The deltas", "Export", "Cost"),
+    ]
+    for target in page.locator("nav a").evaluate_all("links => links.map((a) => a.hash)"):
+        assert page.locator(target).count() == 1, target
+    choice = page.locator('[data-for="spectra"] button, select[data-for="spectra"]').first
+    assert choice.is_visible()
+    assert opened.faults == []

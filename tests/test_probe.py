@@ -674,3 +674,16 @@ def test_base_wider_than_the_adapters_keeps_all_its_digits() -> None:
     new = add_to_weight(weight, "linear", [(slice(0, 3), torch.zeros(3, 4))])
     assert torch.equal(new, weight)
     assert torch.equal(add_to_weight(weight, "linear", []), weight)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiled_model_scores_as_the_same_model_uncompiled(strategy: str) -> None:
+    fns = tiny.eval_fns("qwen2", NAMES)
+    want = run(tiny.peft_model("qwen2", 2), fns, strategy=strategy)
+    model = tiny.peft_model("qwen2", 2)
+    for block in model.base_model.model.model.layers:
+        block.compile(backend="eager")
+    fns["zh"](model)  # compiled for the weights and hooks of this moment
+    got = run(model, fns, strategy=strategy)
+    assert got.scores == want.scores
+    assert all(block._compiled_call_impl for block in model.base_model.model.model.layers)

@@ -1,6 +1,8 @@
 """What README.md shows is what the code does."""
 
+import ast
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+import peft_himerge
 from peft_himerge import HiMergeConfig
 from peft_himerge.cli import app
 
@@ -32,9 +35,57 @@ def test_the_python_example_runs_as_it_stands(
     assert (tmp_path / "merged_adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_every_option_is_in_the_readme() -> None:
-    for name in HiMergeConfig.model_fields:
-        assert f"`{name}`" in README, name
+def table(name: str) -> list[list[str]]:
+    """Return the cells of the rows of a marked table, without the header."""
+    _, _, rest = README.partition(f"<!-- {name} -->\n")
+    lines = rest.partition("\n<!-- end -->")[0].splitlines()
+    assert len(lines) > 2, name
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_option_has_its_default_and_its_reason() -> None:
+    rows = table("options of HiMergeConfig")
+    told = {option.strip("`"): ast.literal_eval(default.strip("`")) for option, default, _ in rows}
+    assert len(told) == len(rows)
+    assert list(told) == list(HiMergeConfig.model_fields)  # none more, none less, in their order
+    for name, field in HiMergeConfig.model_fields.items():
+        assert (told[name], type(told[name])) == (field.default, type(field.default)), name
+    assert all(3 <= len(why) <= 90 for _, _, why in rows)
+
+
+FUNCTIONS = {
+    f.__name__: f
+    for f in (
+        *(peft_himerge.merge_adapters_hi, peft_himerge.merge_adapters, peft_himerge.merge_folders),
+        *(peft_himerge.add_weighted_adapter, peft_himerge.apply_plan, peft_himerge.score_plans),
+    )
+}
+
+
+def test_every_argument_has_its_default_and_its_reason() -> None:
+    rows = table("options of functions")
+    told: dict[tuple[str, str], str] = {}
+    for option, default, of, why in rows:
+        assert 3 <= len(why) <= 90, option
+        for name in of.split(", "):
+            assert (name.strip("`"), option.strip("`")) not in told
+            told[name.strip("`"), option.strip("`")] = default.strip("`")
+    real = {
+        (name, parameter.name): parameter.default
+        for name, function in FUNCTIONS.items()
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert set(told) == set(real)
+    for key, default in real.items():
+        assert told[key].replace('"', "'") == repr(default), key
+
+
+def test_no_function_of_the_front_door_is_left_out() -> None:
+    functions = {
+        name for name in peft_himerge.__all__ if inspect.isfunction(getattr(peft_himerge, name))
+    }
+    assert functions == {*FUNCTIONS, "list_methods"}  # which takes nothing
 
 
 def test_every_command_of_the_readme_is_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -29,7 +30,14 @@ from peft_himerge.folders import load_peft_model
 from peft_himerge.page import parse_report, read_report, render_page
 from peft_himerge.page.charts import state_label
 from peft_himerge.page.tables import tables_of
-from peft_himerge.recipe import Fault, RecipeError, examine, read_recipe, run_recipe
+from peft_himerge.recipe import (
+    Fault,
+    RecipeError,
+    examine,
+    examine_file,
+    read_recipe,
+    run_recipe,
+)
 from peft_himerge.recipe.read import _override
 from peft_himerge.recipe.rules import _options
 from peft_himerge.recipe.tasks import KINDS, options_of
@@ -133,8 +141,9 @@ def test_a_shipped_recipe_merges_on_tiny_models(
         assert all(set(row) == tested for row in report["test"]["scores"].values())
         assert all(None not in row.values() for row in report["test"]["standard_errors"].values())
         assert "## Test scores" in (out / "README.md").read_text(encoding="utf-8")
+        assert "## Test scores" in (out / "report.md").read_text(encoding="utf-8")
         page = out / "report.html"
-        assert not recipe.is_hi or "<h2>Test scores</h2>" in page.read_text(encoding="utf-8")
+        assert "<h2>Test scores</h2>" in page.read_text(encoding="utf-8")
         last = [e for e in events if getattr(e, "stage", "") == "test"][-1]
         assert last.done == last.total == len(states) * len(tested)
     if name != "sequence_classification.yaml":
@@ -398,9 +407,10 @@ def test_tracking_hears_the_whole_merge(
     root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
     more = ["tracking={to: wandb, project: p, run: r}", "options.density=1", "options.scale=1"]
     run_recipe(examine(read_recipe(RECIPES / name, [*sets(root, name, tmp_path / "o"), *more])))
-    assert heard[0] == "{'project': 'p', 'name': 'r'}"
+    assert heard[0].startswith("{'project': 'p', 'name': 'r', 'config': {'recipe': {'base': ")
     assert heard[1] == "MergeStarted"
-    assert heard[-3:] == ["MergeFinished", "AdapterSaved", "closed"]
+    after = heard[heard.index("MergeFinished") + 1 :]
+    assert after == ["StateScored"] * 8 + ["MergeTested", "AdapterSaved", "closed"]
     short = read_recipe(RECIPES / name, ["tracking=wandb"])
     assert short.tracking.to == "wandb"
 
@@ -489,7 +499,14 @@ def test_all_faults_are_told_at_once() -> None:
         ("two_tasks", "options.density={en: 0.5}", "options", "give both per adapter"),
         ("two_tasks", "method=tie", "method", "Did you mean 'ties'"),
         ("two_tasks", "method=ties", "tasks.en.validation", "looks at no score"),
-        ("two_tasks", "method=regmean", "method", "which a recipe cannot give"),
+        ("drop_in_ties", "method=regmean", "tasks.en", "data for every adapter."),
+        ("two_tasks", "method=regmean", "options.accept", "'regmean' has no such option"),
+        ("three_tasks", "method=regmean", "tasks.general.validation", "give it as test"),
+        ("sequence_classification", "method=regmean", "tasks.mood.kind",
+         "Allowed: multiple_choice, perplexity, generation; or call merge_adapters"),
+        ("multiple_choice_generation", "method=atlas", "tasks.writer.kind",
+         "Allowed: multiple_choice, perplexity; or call"),
+        ("multiple_choice_generation", "method=regmean", "tasks.writer.metric", "give test_metric"),
         ("drop_in_ties", "method=greedy_soup", "tasks.en", "data for every adapter."),
         ("two_tasks", "name=en", "name", "has an adapter 'en' already"),
         ("two_tasks", "name=base", "name", "means the base model"),
@@ -569,6 +586,64 @@ def test_a_file_that_is_no_recipe_is_refused(content: str, text: str, tmp_path: 
         read_recipe(tmp_path / "other.yaml")
 
 
+def test_faults_of_keys_and_of_files_are_told_together(
+    shop: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shop("two_tasks.yaml")
+    wrong = [
+        "adapters.zh=nowhere", "options.densty=0.5", "tracking=wndb", "rank=0",
+        "tasks.en.kind=mutiple_choice", "tasks.zh.batchsize=4", "tasks.zh.validation=no.jsonl",
+        f"tasks.more={{kind: perplexity, test: {root}/none.jsonl, max_rows: many}}",
+        f"tasks.last={{kind: multiple_choice, test: {root}/data/en.test.jsonl, max_rows: 0}}",
+    ]  # fmt: skip
+    given = [*sets(root, "two_tasks.yaml", tmp_path / "out"), *wrong]
+    found = examine_file(RECIPES / "two_tasks.yaml", given)
+    told = {look.key: look for look in found.looks}
+    faults = {key: look.found for key, look in told.items() if look.state == "fault"}
+    assert set(faults) == {
+        *("adapters.zh", "options.densty", "tracking.to", "rank", "tasks.en.kind"),
+        *("tasks.zh.batchsize", "tasks.zh.validation", "tasks.more.test"),
+        *("tasks.more.max_rows", "tasks.last.max_rows"),
+    }
+    assert "Did you mean 'density'" in faults["options.densty"]
+    assert "Did you mean 'multiple_choice'" in faults["tasks.en.kind"]
+    assert "Did you mean 'batch_size'" in faults["tasks.zh.batchsize"]
+    assert "no.jsonl" in faults["tasks.zh.validation"]
+    assert "nowhere" in faults["adapters.zh"]
+    # What is sound was looked at, and is told too.
+    assert told["base"].state == told["adapters.en"].state == "ok"
+    assert told["tasks.zh.test"].state == told["tasks.last.test"].state == "ok"
+    flags = [part for change in given for part in ("--set", change)]
+    shown = CliRunner().invoke(app, ["validate", str(RECIPES / "two_tasks.yaml"), *flags])
+    assert shown.exit_code == 2
+    assert "10 faults" in shown.output
+    refused = CliRunner().invoke(app, ["merge", str(RECIPES / "two_tasks.yaml"), *flags])
+    assert isinstance(refused.exception, RecipeError)
+    assert {fault.key for fault in refused.exception.faults} == set(faults)
+    with pytest.raises(RecipeError, match="10 faults"):
+        run_recipe(found)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        (["out=null", "adapters=3"], ["adapters", "out", "base"]),
+        (["tasks=3", "base=null"], ["tasks", "options", "adapters.en", "adapters.zh"]),
+        (["adapters.en=7"], ["adapters.en", "base", "adapters.zh"]),
+        (["method=tie"], ["method", "base", "adapters.en", "adapters.zh"]),
+        (["method=[1]", "budget={scores: x}"], ["method", "budget.scores", "base", "adapters.en"]),
+        (["method=atlas", "options={}", "tasks.en.kind=generation"],
+         ["tasks.en.kind", "base", "adapters.en", "adapters.zh"]),
+        (["tasks.a.b=3"], ["tasks.a", "base", "adapters.en", "adapters.zh"]),
+    ],
+)  # fmt: skip
+def test_whatever_is_wrong_the_rest_is_looked_at(changes: list[str], keys: list[str]) -> None:
+    told = [fault.key for fault in examine_file(RECIPES / "two_tasks.yaml", changes).faults]
+    assert all(any(key == k or k.startswith(f"{key}.") for k in told) for key in keys), told
+    assert len(told) == len({*told})
+
+
 WORDS = st.sampled_from(
     ["adapters", "tasks", "en", "kind", "multiple_choice", "validation", "options", "density",
      "method", "hi", "ties", "out", "base", "weights", "budget", "tracking", "rank", "search"]
@@ -591,6 +666,8 @@ def test_any_table_is_a_recipe_or_a_list_of_faults(data: dict[str, Any]) -> None
             recipe = read_recipe(file)
         except RecipeError as exc:
             faults = exc.faults
+            with contextlib.suppress(RecipeError):  # nothing of it can be read
+                assert set(examine_file(file).faults) >= set(faults)
     assert (recipe is None) == bool(faults)
     assert all(fault.what for fault in faults)
 
@@ -622,7 +699,8 @@ def test_every_kind_and_method_says_its_options_with_types() -> None:
 def test_everything_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     found = examine(read_recipe(RECIPES / "two_tasks.yaml"))
     keys = [fault.key for fault in found.faults]
-    assert keys[:3] == ["base", "adapters.en", "adapters.zh"]
+    splits = [f"tasks.{task}.{split}" for task in ("en", "zh") for split in ("validation", "test")]
+    assert keys == ["base", "adapters.en", "adapters.zh", *splits]
     file = tmp_path / "r.yaml"
     file.write_text((RECIPES / "two_tasks.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     workshop.furnish(tmp_path, "two_tasks.yaml")
@@ -636,6 +714,27 @@ def test_everything_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     assert "damaged" in told["adapters.zh"]
     assert "there is no column 'choices'" in told["tasks.en.validation"]
     assert "there is no file" in told["tasks.zh.test"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "text"),
+    [
+        ("base=models/bsae", "base", "Did you mean 'models/base'?"),
+        ("base=model/base", "base", "Did you mean 'models'?"),
+        ("adapters.zh=adapters/hz", "adapters.zh", "Did you mean 'adapters/zh'?"),
+        ("tasks.en.test=data/en.tets.jsonl", "tasks.en.test", "Did you mean 'data/en.test.jsonl'?"),
+        ("tasks.en.test=qqqq/xxx", "tasks.en.test", "there is no file or folder 'qqqq/xxx'."),
+        ("tasks.en.test=data", "tasks.en.test", "data"),
+    ],
+)
+def test_a_path_that_leads_nowhere_gets_the_nearest_one(
+    change: str, key: str, text: str, shop: Callable[[str], Path]
+) -> None:
+    file = shop("two_tasks.yaml") / "r.yaml"
+    file.write_text((RECIPES / "two_tasks.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    told = {fault.key: fault.what for fault in examine_file(file, [change]).faults}
+    assert told[key].replace(str(file.parent) + "/", "").endswith(text) or text == "data"
+    assert ("Did you mean" in told[key]) == ("Did you mean" in text)
 
 
 def test_adapters_that_do_not_fit_the_base_are_told(

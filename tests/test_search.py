@@ -100,3 +100,19 @@ def test_best_of_equal_ones_is_the_sparser_then_the_smaller() -> None:
     trials = [Trial("en", Edit(d, s), 1.0) for d in (1.0, 0.2, 0.5) for s in (0.9, 0.4)]
     assert best(trials).edit == Edit(0.2, 0.4)
     assert best([*trials, Trial("en", Edit(1.0, 1.0), 1.1)]).edit == Edit(1.0, 1.0)
+
+
+@pytest.mark.parametrize("peak", [(1.0, 1.5), (1.0, 1.25), (0.3, 1.5), (0.5, 0.3)])
+def test_on_the_merged_model_scales_above_one_are_tried_too(peak: tuple[float, float]) -> None:
+    config = HiMergeConfig(search_target="merged")
+    trials, asked = run(config, peak)
+    assert len(asked) == len(set(asked)) <= 12 == budget(config)
+    assert best(trials).edit == Edit(*peak)
+    grid = HiMergeConfig(search_target="merged", search="grid")
+    trials, asked = run(grid, peak)
+    assert len(asked) == 120 == budget(grid)
+    assert max(e.scale for e in asked) == 1.5
+    alone = HiMergeConfig(search="grid")
+    assert max(e.scale for e in run(alone, peak)[1]) == 1.0
+    tpe = HiMergeConfig(search_target="merged", search="optuna", search_budget=4)
+    assert run(tpe, peak)[1][0] == Edit(1.0, 1.0)

@@ -19,7 +19,14 @@ import wandb_records
 from peft_himerge import HiMergeConfig, MergePlan, MergeResult, merge_adapters_hi
 from peft_himerge.callback import HiMergeCallback
 from peft_himerge.contribution import Contributions
-from peft_himerge.events import AdapterSaved, Event, MergeFinished, MergeStarted, RoundStarted
+from peft_himerge.events import (
+    AdapterSaved,
+    Event,
+    MergeFinished,
+    MergeStarted,
+    MergeTested,
+    RoundStarted,
+)
 from peft_himerge.tracking import (
     Book,
     JsonlListener,
@@ -268,10 +275,12 @@ def test_json_lines_hold_the_whole_story(tmp_path: Path) -> None:
     file = tmp_path / "new" / "merges.jsonl"
     listener = JsonlListener(file)
     result = merge(listener)
+    listener(MergeTested(result.states, 0.5))
     listener(AdapterSaved(tmp_path, result.plan))
     merge(listener)
-    first, saved, second = [json.loads(line) for line in file.read_text().splitlines()]
+    first, tested, saved, second = [json.loads(line) for line in file.read_text().splitlines()]
     assert (first["round"], second["round"]) == (1, 2)
+    assert tested == {"event": "tested", "scores": result.scores, "kept": 0.5}
     assert saved == {"event": "saved", "folder": str(tmp_path)}
     assert first["scores"] == result.scores
     assert first["contributions"] == result.contributions.to_records()

@@ -20,7 +20,7 @@ from snapshot import moved, snapshot
 from tiny import add_adapters, peft_model, tiny_model
 from torch import Tensor, nn
 
-from peft_himerge import lowrank
+from peft_himerge import lowrank, merge_adapters
 from peft_himerge.errors import AdapterError, ConfigError, HiMergeError
 from peft_himerge.weighted import COMBINATION_TYPES, add_weighted_adapter
 
@@ -326,24 +326,35 @@ def tokens(indices: Mapping[str, list[int]]) -> PeftModel:
     return model
 
 
+class Experts(nn.Module):
+    """Two fused experts behind a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(4, 4)
+        self.inner = nn.Module()
+        self.inner.up = nn.Parameter(torch.linspace(-1, 1, 40).reshape(2, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lin0(x) @ self.inner.up.sum(0).T
+        return out
+
+
+def experts(targets: Sequence[str] = ()) -> PeftModel:
+    """Return the experts with two adapters of different rank."""
+    fields = {"target_modules": list(targets), "target_parameters": ["inner.up"]}
+    return net({"p": fields, "q": {**fields, "r": 3, "use_rslora": True}}, Experts())
+
+
 @need(10)
-def bare_parameters_are_refused_with_the_reason(add: Add) -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin0 = nn.Linear(4, 4)
-            self.inner = nn.Module()
-            self.inner.up = nn.Parameter(torch.randn(2, 4, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.lin0(x) @ self.inner.up.sum(0)
-            return out
-
-    config = LoraConfig(r=2, target_modules=[], target_parameters=["inner.up"])
-    model = get_peft_model(Experts(), config, adapter_name="p")
-    text = r"add_weighted_adapter does not support targeting nn.Parameter \(problematic adapter 'p'"
-    with pytest.raises(ValueError, match=text):
-        add(model, ["p"], [1.0], "m")
+def bare_parameters_are_summed_expert_by_expert(add: Add) -> None:
+    for targets in ((), ("lin0",)):
+        model = experts(targets)
+        add(model, ["p", "q"], [0.7, -0.4], "m", combination_type="cat")
+        layer = model.base_model.model.inner
+        want = 0.7 * layer.get_delta_weight("p") - 0.4 * layer.get_delta_weight("q")
+        torch.testing.assert_close(layer.get_delta_weight("m"), want, rtol=1e-5, atol=1e-6)
+        assert float(want.norm()) > 0.1
 
 
 @need(11)
@@ -604,7 +615,6 @@ def test_need_is_met(check: Callable[[Add], None]) -> None:
 
 # What PEFT 0.21.2 does as well; the rest it does not.
 MET_BY_PEFT = {
-    bare_parameters_are_refused_with_the_reason,
     tied_embeddings_stay_tied,
     a_quantised_base_is_never_read,
     scaling_counts_once_and_sources_stay,
@@ -916,6 +926,48 @@ def test_an_svd_that_does_not_converge_is_repeated_and_reported(
         assert result.notes == (f"lin0: SVD repeated {note}",)
         assert f"SVD repeated {note}" in str(result.to_dict()["notes"])
         close(deltas(model, note), total(model, {"p": 1.0, "q": 1.0}), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda m: add_weighted_adapter(m, ["p", "q"], [1.0, 1.0], "m", "svd"), "takes the rank 7"),
+        (lambda m: merge_adapters(m, ["p", "q"], "ties", modules_to_save="sole"), "method='cat'"),
+        (lambda m: merge_adapters(m, ["p", "q"], "cat"), "modules_to_save='sole'"),
+        (
+            lambda m: add_weighted_adapter(m.base_model, ["p", "q"], [1.0, 1.0], "m", "cat"),
+            "does not support targeting nn.Parameter",
+        ),
+    ],
+)
+def test_bare_parameters_that_cannot_be_summed_are_refused(call: Any, text: str) -> None:
+    model = experts(["lin0"])
+    before = snapshot(model)
+    with pytest.raises(HiMergeError, match=text):
+        call(model)
+    assert moved(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"lora_bias": True}, "lin0.lora_B.p.bias"),
+        ({"modules_to_save": ["head"]}, "head.modules_to_save.p.bias"),
+        (
+            {"target_modules": ["lin0"], "target_parameters": ["lin1.weight"]},
+            "lin1.lora_A.p.weight",
+        ),
+    ],
+)
+def test_what_is_carried_over_must_be_finite(fields: dict[str, Any], part: str) -> None:
+    model = net({"p": fields, "q": {"target_modules": ["lin0"]}})
+    with torch.no_grad():
+        model.base_model.model.get_parameter(part).view(-1)[1] = float("nan")
+    before = snapshot(model)
+    known = "'weight'" if "lora_A" in part else part
+    with pytest.raises(AdapterError, match=rf"'p'.*{known}.*NaN or infinity"):
+        add_weighted_adapter(model, ["p", "q"], [1.0, 1.0], "m", "cat")
+    assert moved(before, snapshot(model)) == []
 
 
 def test_errors_are_value_errors_of_ours() -> None:

@@ -96,6 +96,7 @@ def _build(
 ) -> PreTrainedModel:
     """Build, redraw every parameter from a seed of its own name, cast, and switch to eval mode."""
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some biases of Mamba are drawn
         model = cls(config)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=_generator(seed, name), dtype=torch.float64)
@@ -319,7 +320,7 @@ def _fill(model: PeftModel, name: str, seed: int, init_scale: float) -> None:
         draw = _generator(seed, path)
         new_a = torch.randn(a.shape, generator=draw, dtype=torch.float64)
         new_b = torch.randn(b.shape, generator=draw, dtype=torch.float64)
-        size = module.scaling[name] * torch.linalg.norm(new_b @ new_a)
+        size = module.scaling[name] * torch.linalg.norm(new_b.flatten(1) @ new_a.flatten(1))
         new_b *= init_scale * torch.linalg.norm(base.double()) / size
         # PEFT may have cast the factors; give them the base's precision (half stays float32).
         dtype = torch.promote_types(base.dtype, torch.float32)

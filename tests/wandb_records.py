@@ -52,7 +52,11 @@ class RunFile:
     metrics: list[Any] = field(default_factory=list)
     artifacts: list[Any] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    exits: int = 0
+    exit_codes: list[int] = field(default_factory=list)
+
+    @property
+    def exits(self) -> int:
+        return len(self.exit_codes)
 
     def values(self, key: str) -> list[Any]:
         return [row[key] for row in self.rows if key in row]
@@ -99,7 +103,7 @@ def read_run(folder: Path) -> RunFile:
         elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
             found.artifacts.append(record.request.log_artifact.artifact)
         elif kind == "exit":
-            found.exits += 1
+            found.exit_codes.append(record.exit.exit_code)
     return found
 
 

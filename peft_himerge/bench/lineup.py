@@ -16,7 +16,7 @@ from ..errors import ConfigError, suggest
 
 __all__ = ["LINEUP", "Contender", "choose"]
 
-_WEIGHTS = (0.3, 0.5, 0.7, 1.0)
+_WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5)  # above 1 too: an adapter may need more than it does alone
 _DENSITIES = (0.2, 0.5, 0.8)
 
 
@@ -83,16 +83,16 @@ LINEUP: tuple[Contender, ...] = (
     _row("iso_cts", "Iso-CTS", "iso_cts"),
     _row("wudi", "WUDI", "wudi"),
     _row("widen", "WIDEN", "widen"),
-    Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig()),
+    Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig(variant="paper")),
     Contender(
         "hi_careful",
         "Hi-Merging, careful",
-        hi=HiMergeConfig(search_target="merged", accept="no_regression"),
+        hi=HiMergeConfig(variant="paper", search_target="merged", accept="no_regression"),
     ),
     Contender(
-        "hi_best",
-        "Hi-Merging, best of edits",
-        hi=HiMergeConfig(search_target="merged", accept="best"),
+        "hi_joint",
+        "Hi-Merging, joint (ours)",
+        hi=HiMergeConfig(variant="joint"),
     ),
 )
 

@@ -46,7 +46,7 @@ def run_own(
         )
         for name, splits in load_tasks().items()
     }
-    loaded = hold_adapters(model, adapter_dirs())
+    loaded = hold_adapters(model.to(chosen.torch_dtype()), adapter_dirs())
     return run_loaded(
         loaded,
         tasks,

@@ -22,6 +22,7 @@ from ..files import write_text
 from ..folders import load_peft_model
 from ..hi import merge_adapters_hi, score_plans
 from ..identity import adapter_digest, base_digest
+from ..json_file import read_object
 from ..methods.registry import get_method
 from ..outputs import owning
 from ..plan import IDENTITY, MergePlan
@@ -50,6 +51,7 @@ class Options:
         guide: "smooth" or "measure"; see `tasks.load_tasks`.
         batch_size: sequences per forward pass.
         max_new_tokens: most tokens to generate per prompt.
+        dtype: of the base model, "float32" or "bfloat16"; adapters and merging keep float32.
         seed: of random masks and of the points that are tried.
     """
 
@@ -59,7 +61,18 @@ class Options:
     guide: str = "smooth"
     batch_size: int = 32
     max_new_tokens: int = 64
+    dtype: str = "float32"
     seed: int = 0
+
+    def torch_dtype(self) -> torch.dtype:
+        """Return the dtype.
+
+        Raises:
+            ConfigError: it is none of the two.
+        """
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
 
 def run_bench(
@@ -98,7 +111,7 @@ def run_bench(
     for setting in settings:
         choose(contenders, len(setting))
     folders = {name: Path(adapters) / name for name in (*names, *mixed)}
-    model, tokenizer = load_peft_model(base, folders)
+    model, tokenizer = load_peft_model(base, folders, dtype=chosen.torch_dtype())
     tasks = load_tasks(
         Path(data),
         names,
@@ -312,10 +325,9 @@ class _Bench:
         """Compute a cell unless its file says it rests on the same facts."""
         key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
         path = self.cells / place
-        if path.is_file():
-            if json.loads(path.read_text(encoding="utf-8")).get("key") == key:
-                self._say(f"kept {place}")
-                return
+        if path.is_file() and _key_of(path) == key:
+            self._say(f"kept {place}")
+            return
         start = time.perf_counter()
         cell = compute()
         seconds = time.perf_counter() - start
@@ -324,6 +336,13 @@ class _Bench:
         write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         means = ", ".join(f"{t} {row['value']:.3f}" for t, row in cell["test"].items())
         self._say(f"{place}: {means} ({seconds:.0f} s)")
+
+
+def _key_of(cell: Path) -> Any:
+    try:
+        return read_object(cell).get("key")
+    except ConfigError:  # damaged: it is computed again
+        return None
 
 
 def _rows(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:

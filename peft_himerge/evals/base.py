@@ -128,3 +128,32 @@ def pad_id(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def open_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return the token ids of a text that goes on: without an end token.
+
+    Raises:
+        EvalRowError: the tokenizer gives none.
+    """
+    ids = list(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+        ids.pop()
+    if not ids:
+        raise EvalRowError(f"the tokenizer gives no token for the prompt {text!r}")
+    return ids
+
+
+def continuation_ids(text: str, ids: Sequence[int], more: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids of `more` after a text; on its own if the two tokenise apart.
+
+    Args:
+        text: what comes before.
+        ids: its token ids, from `open_ids`.
+        more: what goes on.
+        tokenizer: the tokenizer.
+    """
+    joined = open_ids(text + more, tokenizer)
+    if len(joined) > len(ids) and joined[: len(ids)] == list(ids):
+        return tuple(joined[len(ids) :])
+    return tuple(tokenizer(more, add_special_tokens=False)["input_ids"])

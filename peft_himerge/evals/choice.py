@@ -20,8 +20,10 @@ from .base import (
     EvalRowError,
     at_least_one,
     batches,
+    continuation_ids,
     fingerprint,
     first_rows,
+    open_ids,
     pad_id,
 )
 from .forward import eval_mode, last_logits
@@ -102,13 +104,8 @@ def multiple_choice(
 
 
 def _tokenise(row: MultipleChoiceRow, tokenizer: Any, normalize: Normalize) -> _Tokens:
-    prompt = list(tokenizer(row.prompt)["input_ids"])
-    eos = tokenizer.eos_token_id
-    if len(prompt) > 1 and prompt[-1] == eos:  # some tokenizers close every text
-        prompt.pop()
-    if not prompt:
-        raise EvalRowError(f"the tokenizer gives no token for the prompt {row.prompt!r}")
-    choices = tuple(_choice_ids(row.prompt, prompt, choice, tokenizer) for choice in row.choices)
+    prompt = open_ids(row.prompt, tokenizer)
+    choices = tuple(continuation_ids(row.prompt, prompt, c, tokenizer) for c in row.choices)
     if not all(choices) or len(set(choices)) < len(choices):
         raise EvalRowError(
             f"the choices {row.choices!r} of the prompt {row.prompt!r} must differ as tokens, "
@@ -120,16 +117,6 @@ def _tokenise(row: MultipleChoiceRow, tokenizer: Any, normalize: Normalize) -> _
         "bytes": tuple(len(text.encode()) for text in row.choices),
     }
     return _Tokens(tuple(prompt), choices, row.answer, lengths[normalize])
-
-
-def _choice_ids(text: str, prompt: list[int], choice: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of `choice` after the prompt; on its own if the joined text tokenises apart."""
-    joined = list(tokenizer(text + choice)["input_ids"])
-    if len(joined) > 1 and joined[-1] == tokenizer.eos_token_id:
-        joined.pop()
-    if len(joined) > len(prompt) and joined[: len(prompt)] == prompt:
-        return tuple(joined[len(prompt) :])
-    return tuple(tokenizer(choice, add_special_tokens=False)["input_ids"])
 
 
 def _score_single(model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pad: int) -> Tensor:

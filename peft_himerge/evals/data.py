@@ -36,6 +36,7 @@ _BUILDERS = {
     ".parquet": "parquet",
 }
 _HUB = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+_BARE = re.compile(rb"\s*(null|true|false|-?\d[\d.eE+-]*)\s*")
 _LISTS = ("choices", "options", "references", "words", "labels")
 
 
@@ -121,10 +122,26 @@ def _place(source: str | Path, split: str, subset: str | None) -> tuple[str, str
         if _BUILDERS[path.suffix] == "csv":
             options["keep_default_na"] = False  # a cell that says "None" or "NA" is a text
             options["sep"] = "\t" if path.suffix == ".tsv" else ","
+        elif _BUILDERS[path.suffix] == "json":
+            _check_lines(path)
         return str(path), _BUILDERS[path.suffix], options
     if isinstance(source, Path) or path.suffix in _BUILDERS or not _HUB.fullmatch(source):
         raise ConfigError(f"there is no file or folder {str(source)!r}.")
     return source, source, {"split": split, "name": subset}
+
+
+def _check_lines(path: Path) -> None:
+    """Refuse a JSON file with a bare null or number for a row, over which pyarrow ends the process.
+
+    Raises:
+        EvalRowError: names the line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if len(line) < 80 and _BARE.fullmatch(line):
+                raise EvalRowError(
+                    f"{path}, line {number}: expected a row, {{...}}, got {line.strip().decode()}"
+                )
 
 
 def _records(place: str, builder: str, options: dict[str, Any]) -> Iterator[Mapping[str, Any]]:

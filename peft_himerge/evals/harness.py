@@ -127,19 +127,23 @@ def _load(
     is_file = not isinstance(task, Mapping) and Path(task).suffix in (".yaml", ".yml")
     if is_file and not Path(str(task)).is_file():
         raise ConfigError(f"the task file {str(task)!r} is not there.")
-    manager = TaskManager(
-        include_path=None if include_path is None else str(include_path),
-        # Reading the thousands of built-in tasks takes seconds, and a file names what it needs.
-        include_defaults=not (is_file or isinstance(task, Mapping)),
-    )
+    place = None if include_path is None else str(include_path)
+    # Reading the thousands of built-in tasks takes seconds: a file or a table names what it needs,
+    # and a task of the user's own is looked for among these first.
+    named = not is_file and not isinstance(task, Mapping)
+    sources = [True] if named and place is None else [False, True] if named else [False]
     wanted = dict(task) if isinstance(task, Mapping) else str(task)
-    try:
-        tasks = manager.load([wanted])
-    except KeyError as exc:
+    for defaults in sources:
+        try:
+            tasks = TaskManager(include_path=place, include_defaults=defaults).load([wanted])
+            break
+        except KeyError as exc:
+            failed = exc
+    else:
         raise ConfigError(
             f"lm-eval has no task, group or tag {task!r}. `lm-eval ls tasks` lists them; for tasks "
-            f"of your own give include_path=."
-        ) from exc
+            f"of your own give include_path=, or --include-path with a recipe."
+        ) from failed
     for held in tasks["tasks"].values():
         given = held.get_config("num_fewshot")
         if num_fewshot is not None and given != 0:  # 0 is the task's own order, as in the harness

@@ -9,7 +9,6 @@ model's own objects back afterwards: exact, and free.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, suggest
+from ..json_file import read_object
 from .forward import inner_model
 
 __all__ = ["Head", "head_digest", "read_head", "wearing"]
@@ -62,7 +62,9 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     for file in (config, weights):
         if not file.is_file():
             raise ConfigError(f"head: {str(folder)!r} has no {file.name}.")
-    saved = json.loads(config.read_text(encoding="utf-8")).get("modules_to_save") or []
+    saved = read_object(config).get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
+        raise ConfigError(f"head: {str(config)!r}: modules_to_save is {saved!r:.80}, no names.")
     try:
         with safe_open(weights, "pt") as opened:
             names = [

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .deltas import delta_charts
-from .facts import Report, short_names
+from .facts import Report, Test, short_names
 from .shapes import ROOM, ROW, Chart, View, category, clipped, heatmap, series, text
 
-__all__ = ["KINDS", "charts_of", "state_label"]
+__all__ = ["KINDS", "STATES", "charts_of", "state_label"]
 
 # Okabe-Ito, as in `tracking.figures`; the hatching tells the kinds apart without colour.
 KINDS = {"severe": ("#D55E00", "x"), "partial": ("#E69F00", "/"), "mutual": ("#0072B2", "")}
@@ -28,38 +28,67 @@ def state_label(report: Report, state: str) -> str:
 
 def charts_of(report: Report) -> dict[str, Chart]:
     """Return the charts of one report by id; those it holds no numbers for are left out."""
-    made = [_scores(report), _contributions(report), _conflicts(report), *_search(report)]
+    made = [
+        _test(report),
+        _scores(report),
+        _contributions(report),
+        _conflicts(report),
+        *_search(report),
+    ]
     made += delta_charts(report)
     return {chart.id: chart for chart in made if chart is not None}
 
 
 def _scores(report: Report) -> Chart | None:
-    if not report.tasks:
+    labels = {state: state_label(report, state) for state in report.scores}
+    title = "Scores with standard errors"
+    return _score_chart("scores", title, labels, report)
+
+
+def _test(report: Report) -> Chart | None:
+    if report.test is None:
         return None
-    states = list(report.scores)
-    labels = [state_label(report, state) for state in states]
+    # What is tested is the adapter as it was written, whatever its name.
+    last = {report.test.merged: STATES["exported"]}
+    labels = {state: state_label(report, state) for state in report.test.scores} | last
+    return _score_chart("test", "Test scores with standard errors", labels, report.test)
+
+
+def _score_chart(
+    name: str, title: str, labels: Mapping[str, str], held: Report | Test
+) -> Chart | None:
+    """Return the chart of a table of scores, a state a row; None if nothing was scored.
+
+    Args:
+        name: the chart's id.
+        title: what it shows.
+        labels: state -> what a reader calls it, in the order of the rows.
+        held: the scores.
+    """
+    if not held.tasks:
+        return None
     data = []
-    for index, task in enumerate(report.tasks):
-        errors = [report.standard_errors.get(s, {}).get(task) or 0.0 for s in states]
+    for index, task in enumerate(held.tasks):
+        errors = [held.standard_errors.get(s, {}).get(task) or 0.0 for s in labels]
         data.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": text(clipped(task)),
                 "orientation": "h",  # what lies in one row is set apart
-                "x": [report.scores[s][task] for s in states],
-                "y": [text(label) for label in labels],
+                "x": [held.scores[s][task] for s in labels],
+                "y": [text(label) for label in labels.values()],
                 "error_x": {"type": "data", "array": errors, "thickness": 1.5},
                 "hovertemplate": "%{y}: %{x:.4f}<extra>%{fullData.name}</extra>",
                 **series(index),
             }
         )
     layout: dict[str, Any] = {
-        "yaxis": category(labels, down=True),
+        "yaxis": category(list(labels.values()), down=True),
         "xaxis": {"title": {"text": "score"}},
     }
     layout |= {"showlegend": True, "scattermode": "group"}
-    return Chart("scores", "Scores with standard errors", data, layout, 34 * len(states) + ROOM)
+    return Chart(name, title, data, layout, 34 * len(labels) + ROOM)
 
 
 def _contributions(report: Report) -> Chart | None:
@@ -136,7 +165,7 @@ def _search(report: Report) -> list[Chart]:
     for number, name in enumerate(dict.fromkeys(t.adapter for t in report.search)):
         value = {(t.density, t.scale): t.value for t in report.search if t.adapter == name}
         densities, scales = sorted({d for d, _ in value}), sorted({s for _, s in value})
-        chosen = report.plan.adapters.get(name)
+        chosen = report.edits.get(name)
         at = (chosen.density, chosen.scale) if chosen is not None else None
         if len(densities) * len(scales) <= 4 * len(value):
             made.append(_search_cells(f"search-{number}", name, value, densities, scales, at))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .charts import state_label
-from .facts import Report, short_names
-from .shapes import ROOM, ROW, Chart, View, category, clipped, series, text
-from .tables import Cell, Table, plain, signed, table, with_error
+from .charts import STATES, state_label
+from .deltas import merged_norms
+from .facts import Report, Test, short_names
+from .shapes import ROOM, ROW, Chart, View, category, clipped, lines, series, text
+from .tables import Cell, Table, plain, settings, signed, table, with_error
 
 __all__ = ["comparison_charts", "comparison_tables", "run_names"]
-
-_STATES = ("base", "model_wise", "merged", "exported")
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -28,46 +28,94 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 def comparison_charts(runs: Mapping[str, Report]) -> dict[str, Chart]:
     """Return the charts of the comparison by id."""
-    made = [_scores(runs), _gammas(runs)]
+    title = "cores with standard errors"
+    made = [
+        _scores("test", f"Test s{title}", _tested(runs)),
+        _scores("scores", f"S{title}", _scored(runs)),
+        _gammas(runs),
+        _norms(runs),
+    ]
     return {chart.id: chart for chart in made if chart is not None}
 
 
-def _tasks(runs: Mapping[str, Report]) -> list[str]:
-    return list(dict.fromkeys(task for report in runs.values() for task in report.tasks))
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Scores of one run, by what a reader calls a state: label -> task -> score, its error."""
+
+    values: Mapping[str, Mapping[str, float]]
+    errors: Mapping[str, Mapping[str, float | None]]
 
 
-def _states(runs: Mapping[str, Report]) -> list[str]:
-    """Return all states: base, adapters alone, then the merged ones, and any others."""
-    found = dict.fromkeys(state for report in runs.values() for state in report.scores)
-    alone = [state for state in found if state not in _STATES]
-    return [s for s in ("base", *alone, *_STATES[1:]) if s in found]
+def _scored(runs: Mapping[str, Report]) -> dict[str, _Scores]:
+    found = {}
+    for name, report in runs.items():
+        labels = {state: state_label(report, state) for state in report.scores}
+        found[name] = _labelled(labels, report.scores, report.standard_errors)
+    return found
 
 
-def _label(runs: Mapping[str, Report], state: str) -> str:
-    return state_label(next(r for r in runs.values() if state in r.scores), state)
+def _tested(runs: Mapping[str, Report]) -> dict[str, _Scores]:
+    found = {}
+    for name, report in runs.items():
+        held = report.test or Test(scores={})
+        labels = {state: state_label(report, state) for state in held.scores}
+        if held.scores:
+            # The merged adapters may have names of their own, and are what is compared.
+            labels[held.merged] = STATES["exported"]
+        found[name] = _labelled(labels, held.scores, held.standard_errors)
+    return found
 
 
-def _scores(runs: Mapping[str, Report]) -> Chart | None:
-    states = _states(runs)
+def _labelled(
+    labels: Mapping[str, str],
+    scores: Mapping[str, Mapping[str, float]],
+    errors: Mapping[str, Mapping[str, float | None]],
+) -> _Scores:
+    return _Scores(
+        {label: scores[state] for state, label in labels.items()},
+        {label: errors.get(state, {}) for state, label in labels.items()},
+    )
+
+
+def _tasks(held: Mapping[str, _Scores]) -> list[str]:
+    found: dict[str, None] = {}
+    for one in held.values():
+        for row in one.values.values():
+            found.update(dict.fromkeys(row))
+    return list(found)
+
+
+def _states(held: Mapping[str, _Scores]) -> list[str]:
+    """Return the labels of all states: base, adapters alone, then the merged ones."""
+    found = dict.fromkeys(label for one in held.values() for label in one.values)
+    first, *merged = STATES.values()
+    alone = [label for label in found if label not in STATES.values()]
+    return [label for label in (first, *alone, *merged) if label in found]
+
+
+def _scores(name: str, title: str, held: Mapping[str, _Scores]) -> Chart | None:
+    states = _states(held)
     if not states:
         return None
     data: list[dict[str, Any]] = []
     views = []
-    labels = [_label(runs, state) for state in states]
-    for number, task in enumerate(_tasks(runs)):
+    for number, task in enumerate(_tasks(held)):
         first = len(data)
-        for index, (name, report) in enumerate(runs.items()):
-            held = [s for s in states if task in report.scores.get(s, {})]
-            errors = [report.standard_errors.get(s, {}).get(task) or 0.0 for s in held]
+        for index, (run, one) in enumerate(held.items()):
+            rows = [label for label in states if task in one.values.get(label, {})]
             data.append(
                 {
                     "type": "scatter",
                     "mode": "markers",
-                    "name": text(clipped(name)),
+                    "name": text(clipped(run)),
                     "orientation": "h",
-                    "x": [report.scores[s][task] for s in held],
-                    "y": [text(_label(runs, s)) for s in held],
-                    "error_x": {"type": "data", "array": errors, "thickness": 1.5},
+                    "x": [one.values[label][task] for label in rows],
+                    "y": [text(label) for label in rows],
+                    "error_x": {
+                        "type": "data",
+                        "array": [one.errors[label].get(task) or 0.0 for label in rows],
+                        "thickness": 1.5,
+                    },
                     "hovertemplate": "%{y}: %{x:.4f}<extra>%{fullData.name}</extra>",
                     "visible": number == 0,
                     **series(index),
@@ -75,12 +123,12 @@ def _scores(runs: Mapping[str, Report]) -> Chart | None:
             )
         views.append(View(task, tuple(range(first, len(data)))))
     layout: dict[str, Any] = {
-        "yaxis": category(labels, down=True),
+        "yaxis": category(states, down=True),
         "xaxis": {"title": {"text": "score"}},
     }
     layout |= {"showlegend": True, "scattermode": "group"}
     height = 40 * len(states) + ROOM
-    return Chart("scores", "Scores with standard errors", data, layout, height, tuple(views))
+    return Chart(name, title, data, layout, height, tuple(views))
 
 
 def _layers(runs: Mapping[str, Report]) -> list[str]:
@@ -118,31 +166,64 @@ def _gammas(runs: Mapping[str, Report]) -> Chart | None:
     return Chart("gammas", "Gamma of every layer", data, layout, height)
 
 
+def _norms(runs: Mapping[str, Report]) -> Chart | None:
+    found = {name: merged_norms(report) for name, report in runs.items()}
+    layers = [label for label in _layers(runs) if any(label in norms for norms in found.values())]
+    if not layers:
+        return None
+    short = short_names(layers)
+    rows = {name: [norms.get(la) for la in layers] for name, norms in found.items() if norms}
+    names = [short[label] for label in layers]
+    layout: dict[str, Any] = {
+        "xaxis": category(names, title="layer"),
+        "yaxis": {"title": {"text": "Frobenius norm"}, "rangemode": "tozero"},
+        "showlegend": True,
+    }
+    return Chart("norms", "Size of the merged deltas", lines(names, rows, ".4f"), layout, 320)
+
+
 def comparison_tables(runs: Mapping[str, Report]) -> dict[str, Table]:
     """Return the tables of the comparison by name; those without rows are left out."""
     made = {
-        "scores": _score_table(runs),
+        "test": _score_table("Test scores", _tested(runs)),
+        "scores": _score_table("Scores", _scored(runs)),
         "conflicts": _conflict_table(runs),
+        "norms": _norm_table(runs),
         "differences": _difference_table(runs),
     }
     return {name: found for name, found in made.items() if found.rows}
 
 
-def _score_table(runs: Mapping[str, Report]) -> Table:
-    first, *others = runs
+def _score_table(title: str, held: Mapping[str, _Scores]) -> Table:
+    first, *others = held
     rows = []
-    for state in _states(runs):
-        for task in _tasks(runs):
-            values = {n: r.scores.get(state, {}).get(task) for n, r in runs.items()}
-            cells = [Cell(_label(runs, state)), Cell(task)]
-            for name, report in runs.items():
-                se = report.standard_errors.get(state, {}).get(task)
-                value, start = values[name], values[first]
+    for label in _states(held):
+        for task in _tasks(held):
+            values = {run: one.values.get(label, {}).get(task) for run, one in held.items()}
+            if not any(value is not None for value in values.values()):
+                continue
+            cells = [Cell(label), Cell(task)]
+            for run, one in held.items():
+                se = one.errors.get(label, {}).get(task)
+                value, start = values[run], values[first]
                 change = None if value is None or start is None else value - start
-                cells.append(Cell(with_error(value, se), "" if name == first else signed(change)))
+                note = "" if run == first or value is None else signed(change)
+                cells.append(Cell(with_error(value, se), note))
             rows.append(cells)
-    title = f"Scores, and difference from {first}" if others else "Scores"
-    return table(title, ["state", "task", *runs], rows, heads=2)
+    title = f"{title}, and difference from {first}" if others else title
+    return table(title, ["state", "task", *held], rows, heads=2)
+
+
+def _norm_table(runs: Mapping[str, Report]) -> Table:
+    short = short_names(_layers(runs))
+    found = [merged_norms(report) for report in runs.values()]
+    rows = [
+        [short[label], *(with_error(norms.get(label), shape=".4g") for norms in found)]
+        for label in _layers(runs)
+        if any(label in norms for norms in found)
+    ]
+    title = "Frobenius norm of the merged deltas"
+    return table(title, ["layer", *runs], rows, folded=True)
 
 
 def _conflict_table(runs: Mapping[str, Report]) -> Table:
@@ -161,16 +242,19 @@ def _conflict_table(runs: Mapping[str, Report]) -> Table:
 
 def _settings(report: Report) -> dict[str, str]:
     """Return everything that a run was told, or decided for the whole model, in words."""
-    found = {f"option {name}": plain(value) for name, value in report.options.items()}
-    found["prune_scope"] = report.plan.prune_scope
-    for name, edit in report.plan.adapters.items():
+    found = {"method": report.method.title}
+    found |= {f"option {name}": plain(value) for name, value in settings(report).items()}
+    found |= {f"weight of {name}": f"{value:g}" for name, value in report.weights.items()}
+    if report.plan is not None:
+        found["prune_scope"] = report.plan.prune_scope
+        found["plan"] = report.plan.fingerprint[:16]
+    for name, edit in report.edits.items():
         found[f"density of {name}"] = f"{edit.density:g}"
         found[f"scale of {name}"] = f"{edit.scale:g}"
     found["exported rank"] = str(report.export.rank)
     found["export error"] = f"{report.export.relative_error:.2e}"
     found["scores computed"] = str(report.cost.scores)
     found["seconds"] = f"{report.cost.seconds:.1f}"
-    found["plan"] = report.plan.fingerprint[:16]
     return found | {f"version of {name}": value for name, value in report.versions.items()}
 
 

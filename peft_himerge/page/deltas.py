@@ -146,14 +146,16 @@ def _spectra(report: Report) -> Chart | None:
     known = {module: values for module, values in found.items() if values}
     if not known:
         return None
-    present = {layer_of(module) for module in known}
-    layers = [label for label in report.layers if label in present]
+    of_layer: dict[str, dict[str, list[float]]] = {}
+    for module, values in known.items():
+        of_layer.setdefault(layer_of(module), {})[_inside(module)] = values
+    layers = [label for label in report.layers if label in of_layer]
     short = short_names(layers)
     data: list[dict[str, Any]] = []
     views = []
     most = max(len(values) for values in known.values())
     for index, label in enumerate(layers):
-        rows = {_inside(m): values for m, values in known.items() if layer_of(m) == label}
+        rows = of_layer[label]
         first = len(data)
         longest = max(len(values) for values in rows.values())
         numbers = [str(i + 1) for i in range(longest)]

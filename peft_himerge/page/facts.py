@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import ConfigError
+from ..json_file import read_object
 from ..layers import OUTSIDE, layer_of
 
-__all__ = ["Conflict", "Contribution", "Pair", "Report", "Test", "parse_report", "read_report"]
+__all__ = [
+    "Conflict",
+    "Contribution",
+    "Method",
+    "Pair",
+    "Report",
+    "Test",
+    "parse_report",
+    "read_report",
+    "short_names",
+]
 
-FORMAT = "peft_himerge.report/1"
+FORMAT, METHOD_FORMAT = "peft_himerge.report/1", "peft_himerge.adapter_merge/1"
+Format = Literal["peft_himerge.report/1", "peft_himerge.adapter_merge/1"]
+_MOST_BYTES = 1 << 28
+
+
+def _same_tasks(
+    scores: dict[str, dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """Refuse a table of scores with gaps."""
+    tasks = next(iter(scores.values()), {}).keys()
+    for state, row in scores.items():
+        if row.keys() != tasks:
+            raise ValueError(f"the state {state!r:.80} has no score of every task")
+    return scores
+
+
+Scores = Annotated[dict[str, dict[str, float]], AfterValidator(_same_tasks)]
 
 
 class _Facts(BaseModel):
@@ -36,6 +62,18 @@ class Plan(_Facts):
     prune_scope: str
     adapters: dict[str, Edit]
     edits: dict[str, dict[str, Edit]]
+
+
+class Method(_Facts):
+    """What was done: its name in the registry, what the paper calls it, and whose reading it is."""
+
+    name: str
+    title: str
+    url: str = ""
+    variant: str = ""
+
+
+_HI = Method(name="hi", title="Hi-Merging", url="https://arxiv.org/abs/2506.12379")
 
 
 class Contribution(_Facts):
@@ -137,7 +175,7 @@ class Test(_Facts):
 
     __test__ = False  # pytest takes every class of that name for tests
 
-    scores: dict[str, dict[str, float]]
+    scores: Scores
     standard_errors: dict[str, dict[str, float | None]] = {}
 
     @property
@@ -160,7 +198,13 @@ class Report(_Facts):
 
     Attributes:
         adapter_name: name of the merged adapter.
-        plan: the decision.
+        method: what was done.
+        plan: the decision; None for methods other than Hi-Merging.
+        weights: adapter -> the user's weight; {} for Hi-Merging, which has none.
+        space: where a method ran: "full", "knots" or "core"; None for Hi-Merging.
+        seed: what its random masks were drawn from; None for Hi-Merging.
+        notes: what had to be done differently; usually empty.
+        fitted: what a method learned from data; {} if it needed none.
         scores: state -> task -> score.
         standard_errors: state -> task -> standard error, None without per-example scores.
         test: scores of test data, if a recipe gave some.
@@ -175,10 +219,16 @@ class Report(_Facts):
         versions: of Python and the libraries.
     """
 
-    format: Literal["peft_himerge.report/1"]
+    format: Format
     adapter_name: str
-    plan: Plan
-    scores: dict[str, dict[str, float]]
+    method: Method = _HI
+    plan: Plan | None = None
+    weights: dict[str, float] = {}
+    space: str | None = None
+    seed: int | None = None
+    notes: list[str] = []
+    fitted: dict[str, Any] = {}
+    scores: Scores = {}
     standard_errors: dict[str, dict[str, float | None]] = {}
     test: Test | None = None
     metrics: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -191,10 +241,23 @@ class Report(_Facts):
     geometry: Geometry | None = None
     versions: dict[str, str] = {}
 
+    @model_validator(mode="after")
+    def _whole(self) -> Report:
+        if self.format == FORMAT and self.plan is None:
+            raise ValueError("the plan is missing")
+        if self.format == METHOD_FORMAT and not self.weights:
+            raise ValueError("the adapters' weights are missing")
+        return self
+
+    @property
+    def edits(self) -> dict[str, Edit]:
+        """Adapter -> model-wise edit; {} without a plan."""
+        return self.plan.adapters if self.plan is not None else {}
+
     @property
     def adapters(self) -> list[str]:
         """Names of the merged adapters."""
-        return list(self.plan.adapters)
+        return list(self.edits or self.weights)
 
     @property
     def tasks(self) -> list[str]:
@@ -208,7 +271,7 @@ class Report(_Facts):
             return [layer.layer for layer in self.geometry.layers]
         found = dict.fromkeys(row.layer for row in self.contributions)
         found.update(dict.fromkeys(layer_of(m.module) for m in self.export.modules))
-        found.update(dict.fromkeys(self.plan.edits))
+        found.update(dict.fromkeys(self.plan.edits if self.plan is not None else ()))
         return sorted(found, key=_place)
 
     def share_kept(self, state: str, task: str) -> float | None:
@@ -220,15 +283,16 @@ class Report(_Facts):
 
 
 def _share_kept(scores: Mapping[str, Mapping[str, float]], state: str, task: str) -> float | None:
-    if task not in scores or "base" not in scores:
+    if not {task, state, "base"} <= scores.keys():
         return None
     base, alone = scores["base"][task], scores[task][task]
     return (scores[state][task] - base) / (alone - base) if alone > base else None
 
 
-def _place(label: str) -> tuple[bool, str, int]:
+def _place(label: str) -> tuple[bool, str, int, str]:
     head, _, number = label.rpartition(".")
-    return (label == OUTSIDE, head, int(number) if number.isdigit() else 0)
+    digits = number.lstrip("0") if number.isdigit() else ""
+    return (label == OUTSIDE, head, len(digits), digits)
 
 
 def parse_report(facts: Mapping[str, Any], where: str = "the report") -> Report:
@@ -239,22 +303,26 @@ def parse_report(facts: Mapping[str, Any], where: str = "the report") -> Report:
         where: what an error text calls it.
 
     Raises:
-        ConfigError: they are not a report of a Hi-Merging run; the text names the first faults.
+        ConfigError: they are not a report of a merge; the text names the first faults.
     """
     kind = facts.get("format") if isinstance(facts, Mapping) else None
-    if kind != FORMAT:
-        raise ConfigError(f"{where} is no report of a merge: format is {kind!r}, not {FORMAT!r}.")
+    if kind not in (FORMAT, METHOD_FORMAT):
+        raise ConfigError(
+            f"{where} is no report of a merge: format is {kind!r}, not {FORMAT!r} or "
+            f"{METHOD_FORMAT!r}."
+        )
     try:
         return Report.model_validate(facts)
     except ValidationError as exc:
         faults = [
-            f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors()[:3]
+            ": ".join(filter(None, [".".join(map(str, error["loc"])), error["msg"]]))
+            for error in exc.errors()[:3]
         ]
         raise ConfigError(f"{where} is damaged: {'; '.join(faults)}.") from None
 
 
 def read_report(folder: str | Path) -> Report:
-    """Read report.json of a folder that `MergeResult.save` wrote (or the file itself).
+    """Read report.json of a folder that a merge was saved to (or the file itself).
 
     Raises:
         ConfigError: there is no such file, or it is no report.
@@ -262,10 +330,10 @@ def read_report(folder: str | Path) -> Report:
     path = Path(folder)
     path = path / "report.json" if path.is_dir() else path
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        facts = read_object(path, _MOST_BYTES)
+    except (OSError, ConfigError) as exc:
         raise ConfigError(
-            f"cannot read the report of {str(folder)!r}: {exc}. Give a folder that himerge merge "
+            f"cannot read the report of {str(folder)!r}: {exc} Give a folder that himerge merge "
             f"or result.save(folder) wrote."
         ) from exc
     return parse_report(facts, f"{str(path)!r}")

@@ -68,8 +68,10 @@ def render_page(report: Report) -> str:
     shortened = [label for label in labels if short[label] != label]
     means = {state: mean(list(row.values())) for state, row in report.scores.items()}
     shares = [report.share_kept("exported", task) for task in report.tasks] if means else []
-    if report.test is not None:
+    tested = {}
+    if report.test is not None and report.test.scores:
         held = report.test
+        tested = {state: mean(list(row.values())) for state, row in held.scores.items()}
         shares = [held.share_kept(held.merged, task) for task in held.tasks]
     kept = mean([share for share in shares if share is not None])
     kinds = {kind: 0 for kind in ("severe", "partial", "mutual")}
@@ -81,6 +83,7 @@ def render_page(report: Report) -> str:
         report=report,
         tables=tables_of(report),
         means=means,
+        tested=tested,
         kept=kept,
         kinds=kinds,
         head=shortened[0].removesuffix(short[shortened[0]]) if shortened else "",

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .charts import state_label
 from .deltas import merged_norms, pair_name
 from .facts import Conflict, Report, Test, short_names
 
-__all__ = ["Cell", "Table", "signed", "tables_of", "with_error"]
+__all__ = [
+    "Cell",
+    "Table",
+    "effect",
+    "mean",
+    "plain",
+    "settings",
+    "signed",
+    "tables_of",
+    "with_error",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,9 @@ def tables_of(report: Report) -> dict[str, Table]:
         "scores": _scores(report),
         "metrics": _metrics(report),
         "edits": _edits(report),
+        "weights": _weights(report),
+        "fitted": _fitted(report),
+        "tried": _tried(report),
         "contributions": _contributions(report),
         "conflicts": _conflicts(report),
         "search": _search(report),
@@ -137,8 +151,49 @@ def _metrics(report: Report) -> Table:
 
 
 def _edits(report: Report) -> Table:
-    rows = [[name, f"{e.density:g}", f"{e.scale:g}"] for name, e in report.plan.adapters.items()]
+    rows = [[name, f"{e.density:g}", f"{e.scale:g}"] for name, e in report.edits.items()]
     return table("Model-wise step", ["adapter", "density", "scale"], rows)
+
+
+def _weights(report: Report) -> Table:
+    rows = [[name, f"{weight:g}"] for name, weight in report.weights.items()]
+    return table("Weights", ["adapter", "weight"], rows)
+
+
+# What a method that looks at scores tried: told in a table of its own.
+_TRIED = ("tried", "front")
+
+
+def _fitted(report: Report) -> Table:
+    told = {key: value for key, value in report.fitted.items() if key not in (*_TRIED, "scores")}
+    rows = [[name, value] for name, value in _flat(told)]
+    return table("What was learned", ["", "value"], rows, folded=True)
+
+
+def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield what nested records hold, name by name; of a long list its ends."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}: {key}" if name else str(key))
+    elif isinstance(value, list) and len(value) > _LONGEST:
+        yield name, f"{plain(value[0])} … {plain(value[-1])} ({len(value)})"
+    elif value != []:
+        yield name, plain(value)
+
+
+_LONGEST = 6  # entries of a list that are shown
+_FEW = 10  # rows of options that need no folding
+
+
+def _tried(report: Report) -> Table:
+    tried: list[Any] = next((report.fitted[key] for key in _TRIED if key in report.fitted), [])
+    rows: list[list[str]] = []
+    for one in sorted(tried, key=lambda one: -one["objective"]):
+        told = [plain(v) for k, v in one.items() if k not in ("objective", "scores")]
+        scores = [with_error(found["value"], found["se"]) for found in one["scores"].values()]
+        rows.append(["; ".join(filter(None, told)), f"{one['objective']:.4f}", *scores])
+    tasks = list(tried[0]["scores"]) if tried else []
+    return table("Tried, best first", ["what", "objective", *tasks], rows, folded=True)
 
 
 def _contributions(report: Report) -> Table:
@@ -189,7 +244,7 @@ def _conflicts(report: Report) -> Table:
 
 
 def _search(report: Report) -> Table:
-    chosen = {(name, e.density, e.scale) for name, e in report.plan.adapters.items()}
+    chosen = {(name, e.density, e.scale) for name, e in report.edits.items()}
     rows = [
         [
             t.adapter,
@@ -251,12 +306,20 @@ def _modules(report: Report) -> Table:
 
 
 def _options(report: Report) -> Table:
-    rows = [[name, plain(value)] for name, value in report.options.items()]
-    return table("Options", ["option", "value"], rows, heads=2, folded=True)
+    rows = [[name, plain(value)] for name, value in settings(report).items()]
+    return table("Options", ["option", "value"], rows, heads=2, folded=len(rows) > _FEW)
+
+
+def settings(report: Report) -> dict[str, Any]:
+    """Return the options of a merge, and where a method of the registry ran."""
+    where = {"space": report.space, "seed": report.seed}
+    return {**report.options, **{key: v for key, v in where.items() if v is not None}}
 
 
 def plain(value: object) -> str:
     """Return an option's value in words."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(plain(inner) for inner in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, suggest
+from ..json_file import read_object
 from .finding import ENGINES, Finding
 from .folder import read_folder
 from .rules import RULES
@@ -91,10 +91,4 @@ def _base_config(base: str | Path | None) -> Mapping[str, Any] | None:
     path = Path(base) / "config.json"
     if not path.is_file():
         raise ConfigError(f"the base {str(base)!r} has no config.json: not a model folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise ConfigError(f"{str(path)!r} is not valid JSON: {exc}.") from exc
-    if not isinstance(config, dict):
-        raise ConfigError(f"{str(path)!r} holds no JSON object.")
-    return config
+    return read_object(path)

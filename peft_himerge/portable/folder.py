@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..errors import ConfigError
+from ..json_file import check_header, read_object
+from ..patterns import FirstMatch, pattern_fault
 from .finding import EVERY, Finding
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterFiles", "Factor", "read_folder"]
@@ -59,6 +62,13 @@ class AdapterFiles:
     embeddings: frozenset[str]
     others: tuple[str, ...]
     base: Mapping[str, Any] | None
+    _first: dict[str, FirstMatch] = dataclasses.field(default_factory=dict)
+
+    def first_match(self, table: str, module: str) -> str | None:
+        """Return the first key of a pattern table of the config that matches a module, or None."""
+        if table not in self._first:
+            self._first[table] = FirstMatch(self.config.get(table) or {})
+        return self._first[table].find(module)
 
     @property
     def modules(self) -> list[str]:
@@ -88,15 +98,15 @@ def read_folder(
     if found:
         return None, found
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_object(folder / CONFIG)
+    except ConfigError as exc:
+        return None, (Finding("config", EVERY, "error", str(exc), "save the adapter again"),)
+    try:
         tensors = _headers(folder / WEIGHTS)
-    except (SafetensorError, OSError) as exc:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as exc:
         text = f"{WEIGHTS} is damaged or no safetensors file ({exc})"
         return None, (Finding("weights", EVERY, "error", text, "copy or save it again"),)
-    except ValueError as exc:
-        text = f"{CONFIG} is not valid JSON ({exc})"
-        return None, (Finding("config", EVERY, "error", text, "save the adapter again"),)
-    fault = _fault(config)
+    fault = _fault(config, max(map(len, tensors), default=0))
     if fault:
         fix = "save the adapter again with PEFT"
         return None, (Finding("config", EVERY, "error", f"{CONFIG}: {fault}", fix),)
@@ -122,16 +132,15 @@ def _layout(folder: Path) -> Iterator[Finding]:
 def _headers(path: Path) -> dict[str, Factor]:
     tensors = {}
     with safe_open(path, "np") as opened:
+        check_header(path)
         for key in opened.keys():
             head = opened.get_slice(key)
             tensors[key] = Factor(key, head.get_dtype(), tuple(head.get_shape()))
     return tensors
 
 
-def _fault(config: Any) -> str | None:
+def _fault(config: Mapping[str, Any], longest: int) -> str | None:
     """Return what makes a config unreadable, so that no rule has to ask again."""
-    if not isinstance(config, dict):
-        return "holds no JSON object"
     if config.get("peft_type") != "LORA":
         return f"peft_type is {config.get('peft_type')!r}, other engines read LORA only"
     for field in ("r", "lora_alpha"):
@@ -146,19 +155,18 @@ def _fault(config: Any) -> str | None:
         for key, value in values.items():
             if not _number(value) or value <= 0:
                 return f"{field} of {key!r} must be a number > 0, got {value!r}"
-            if not _pattern(rf"(.*\.)?({key})$"):
-                return f"{field} has the key {key!r}, which is no regular expression"
+            if fault := pattern_fault(key, longest):
+                return f"{field} has the key {key!r:.80}, which {fault}"
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         names = config.get(field) or []
         many = [names] if isinstance(names, str) else names
         if not isinstance(many, list) or not all(isinstance(name, str) for name in many):
             return f"{field} must be a list of names or a pattern, got {names!r}"
-        if field == "layers_pattern":
-            many = [rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in many]
-        elif isinstance(names, list):
+        if field != "layers_pattern" and isinstance(names, list):
             many = []  # plain names
-        if not all(map(_pattern, many)):
-            return f"{field}={names!r} is no regular expression"
+        for pattern in many:
+            if fault := pattern_fault(pattern, longest):
+                return f"{field}={names!r:.80} {fault}"
     layers = config.get("layers_to_transform")
     for layer in layers if isinstance(layers, list) else [layers]:
         if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int)):
@@ -168,15 +176,7 @@ def _fault(config: Any) -> str | None:
 
 def _number(value: Any) -> bool:
     right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return right and math.isfinite(value)
-
-
-def _pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+    return right and abs(value) < 1e30  # false for NaN; an int may be too large for a float
 
 
 def _sorted_out(

@@ -51,11 +51,9 @@ def _layer(module: str, patterns: str | list[str] | None) -> int | None:
     return None
 
 
-def _by_pattern(values: Mapping[str, Any], module: str, usual: float) -> float:
-    for pattern, value in values.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return usual
+def _by_pattern(files: AdapterFiles, field: str, module: str, usual: float) -> float:
+    key = files.first_match(field, module)
+    return usual if key is None else float(files.config[field][key])
 
 
 def scale_of(files: AdapterFiles, module: str, engine: Engine) -> float:
@@ -65,12 +63,12 @@ def scale_of(files: AdapterFiles, module: str, engine: Engine) -> float:
     if engine == "llama.cpp":
         return alpha / files.rank(module)
     if engine == "peft":
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, alpha)
-        rank = _by_pattern(config.get("rank_pattern") or {}, module, rank)
+        alpha = _by_pattern(files, "alpha_pattern", module, alpha)
+        rank = _by_pattern(files, "rank_pattern", module, rank)
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def rank_in_config(files: AdapterFiles, module: str) -> float:
     """Return the rank that PEFT expects of a module's tensors."""
     usual = float(files.config["r"])
-    return _by_pattern(files.config.get("rank_pattern") or {}, module, usual)
+    return _by_pattern(files, "rank_pattern", module, usual)

@@ -21,12 +21,14 @@ from ..methods.spaces import Space
 from ..names import check_new_name
 from ..request import check_pad, check_post, check_weights
 from .faults import Fault
+from .inputs import input_kinds
 from .schema import BASE, HUB, TaskSpec
 from .tasks import FUNCTION, HARNESS, KINDS, options_of
 
-__all__ = ["SHARED", "check_rules"]
+__all__ = ["SHARED", "check_rules", "sound_parts"]
 
 Table = Mapping[str, Any]
+_ON_THE_LINE = "name the folder of your tasks on the command line, --include-path DIR"
 
 # Keywords of `merge_adapters` that a recipe may give as options of any method but "hi".
 SHARED = ("weights", "space", "pad_rank", "post", "modules_to_save", "strict_base", "seed")
@@ -67,6 +69,30 @@ def check_rules(data: Table, file: Path) -> list[Fault]:
     return faults
 
 
+def sound_parts(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a raw recipe without a method and tasks that the rules refuse; types are left alone.
+
+    What is left can be looked at, not run: an unknown method becomes Hi-Merging without options.
+    """
+    method = data.get("method", "hi")
+    if not isinstance(method, str) or method not in ("hi", *(i.name for i in list_methods())):
+        data = {key: value for key, value in data.items() if key not in ("method", "options")}
+        method = "hi"
+    if not isinstance(data.get("tasks"), dict):
+        return data
+    tasks = {}
+    for name, spec in data["tasks"].items():
+        kind = spec.get("kind") if isinstance(spec, dict) else None
+        if not isinstance(kind, str) or kind not in KINDS:
+            continue
+        wrong = {fault.key for fault in _task_keys(f"tasks.{name}", kind, spec)}
+        if method != "hi" and get_method(method).needs in ("inputs", "gradients"):
+            faults = _input_task(method, name, spec, [name], _table(data, "options"))
+            wrong |= {f"tasks.{name}.validation" for fault in faults if fault.key.endswith("kind")}
+        tasks[name] = {k: v for k, v in spec.items() if f"tasks.{name}.{k}" not in wrong}
+    return data | {"tasks": tasks}
+
+
 def _table(data: Table, key: str) -> Table:
     found = data.get(key)
     return found if isinstance(found, dict) else {}
@@ -105,7 +131,9 @@ def _task_keys(key: str, kind: str, spec: Table) -> Iterator[Fault]:
     known = [*sorted(own if KINDS[kind].rows else own - set(of_rows)), *options]
     for option, value in spec.items():
         place = f"{key}.{option}"
-        if option in ("include_path", "unsafe_code"):
+        if option == "include_path":
+            yield Fault(place, f"a recipe cannot name code to run; {_ON_THE_LINE}.")
+        elif option == "unsafe_code":
             yield Fault(place, "a recipe cannot name code to run; write a function and use --eval.")
         elif option not in known:
             yield Fault(place, f"a task of kind {kind} has no such key.{suggest(option, known)}")
@@ -116,8 +144,9 @@ def _task_keys(key: str, kind: str, spec: Table) -> Iterator[Fault]:
         if not isinstance(source, str):
             continue
         if kind == HARNESS and not source.replace("_", "").replace("-", "").isalnum():
-            text = f"expected the name of a task of lm-evaluation-harness, got {source!r}; a task "
-            yield Fault(f"{key}.{split}", f"{text}file may hold code, which a recipe cannot name.")
+            text = f"expected the name of a task of lm-evaluation-harness, got {source!r}. A file "
+            text += f"of tasks may hold code, which a recipe cannot name: {_ON_THE_LINE}, and the "
+            yield Fault(f"{key}.{split}", f"{text}task's name here.")
         elif source.startswith(HUB) and not KINDS[kind].rows:
             yield Fault(f"{key}.{split}", f"a task of kind {kind} takes no rows, got {source!r}.")
 
@@ -143,7 +172,7 @@ def _typed(key: str, value: Any, hint: Any) -> Iterator[Fault]:
     except PydanticSchemaGenerationError:  # a class of ours; who takes it checks it
         return
     try:
-        if isinstance(value, bool) and bool not in (hint, *get_args(hint)):
+        if isinstance(value, bool) and hint is not Any and bool not in (hint, *get_args(hint)):
             yield Fault(key, f"expected {_words(hint)}, got {value!r}.")
         else:
             adapter.validate_python(value)
@@ -180,7 +209,7 @@ def _method(data: Table, names: list[str]) -> Iterator[Fault]:
             yield Fault("method", f"got {method!r}.{suggest(method, known)}")
             return
         info = get_method(method)
-        yield from _needs(info, names, scored)
+        yield from _needs(info, names, tasks, options)
         yield from _options(info, options, names)
     if data.get("base") is None and (tasks or method != "hi"):
         why = "tasks are scored with it" if tasks else f"{method!r} merges in a model"
@@ -213,21 +242,43 @@ def _own_tasks(method: str, names: list[str], scored: set[str]) -> Iterator[Faul
             yield Fault(f"tasks.{name}", f"{text}{', or for none' if method == 'hi' else ''}.")
 
 
-def _needs(info: MethodInfo, names: list[str], scored: set[str]) -> Iterator[Fault]:
+def _needs(
+    info: MethodInfo, names: list[str], tasks: Mapping[str, Table], options: Table
+) -> Iterator[Fault]:
+    scored = {name for name, task in tasks.items() if task.get("validation") is not None}
     if info.needs == "scores":
         yield from _own_tasks(info.name, names, scored)
     elif info.needs != "nothing":
-        yield Fault(
-            "method",
-            f"{info.name!r} needs {info.needs} of the model, which a recipe cannot give; call "
-            f"merge_adapters(..., inputs=...) in Python.",
-        )
+        yield from _own_tasks(info.name, names, scored)
+        for name in sorted(scored, key=str):
+            yield from _input_task(info.name, name, tasks[name], names, options)
     elif scored:
         yield Fault(
             f"tasks.{min(scored)}.validation",
             f"the method {info.name!r} looks at no score, so validation data would not be read; "
             f"give it as test.",
         )
+
+
+def _input_task(
+    method: str, name: str, task: Table, names: list[str], options: Table
+) -> Iterator[Fault]:
+    """Check a task whose validation rows are what a method runs the model on."""
+    key, kind, known = f"tasks.{name}", task.get("kind"), input_kinds(method, options)
+    if name not in names:
+        yield Fault(
+            f"{key}.validation",
+            f"the method {method!r} looks at the adapters' own tasks alone; give it as test.",
+        )
+    elif isinstance(kind, str) and kind in KINDS and kind not in known:
+        yield Fault(
+            f"{key}.kind",
+            f"{method!r} runs the model on the rows, which it cannot do with those of {kind!r}. "
+            f"Allowed: {', '.join(known)}; or call merge_adapters(..., inputs=...) in Python.",
+        )
+    if task.get("metric") is not None:
+        text = f"the method {method!r} looks at no score; leave it out, or give test_metric."
+        yield Fault(f"{key}.metric", text)
 
 
 def _hi_options(options: Table, names: list[str], scored: bool) -> Iterator[Fault]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import yaml
 from peft import PeftModel
 
 from .. import files
-from ..errors import BudgetError, ConfigError
-from ..events import AdapterSaved, Event, Listener, StateScored
+from ..budget import Budget
+from ..errors import ConfigError
+from ..events import AdapterSaved, Listener
 from ..folders import load_peft_model
 from ..hi import merge_adapters_hi
 from ..merging import AdapterMerge, merge_adapters
@@ -61,7 +61,8 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
 
     Args:
         examined: from `examine`.
-        listeners: called with every event; a score of test data is a `StateScored` too.
+        listeners: called with every event; a score of test data is a `StateScored` too, their table
+            a `MergeTested`.
 
     Raises:
         RecipeError: `examine` found faults; nothing was loaded or written.
@@ -74,7 +75,10 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
         raise RecipeError(recipe.file, examined.faults)
     out = recipe.place(recipe.out)
     with owning(out) if is_main() else nullcontext():
-        return _run(examined, out, listeners)
+        if recipe.tracking.to == "none":
+            return _run(examined, out, listeners)
+        with _wandb(recipe) as tracker:
+            return _run(examined, out, [*listeners, tracker])
 
 
 def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged:
@@ -93,6 +97,9 @@ def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged
     if examined.test:
         test = score_test(model, list(recipe.adapters), recipe.name, examined.test, listeners)
     _keep(recipe, out, test)
+    if isinstance(done, MergeResult):
+        for listener in listeners:
+            listener(AdapterSaved(out, done.plan))
     return Merged(out, done, test)
 
 
@@ -114,26 +121,24 @@ def _merge_hi(
     examined: Examined, model: PeftModel, out: Path, listeners: Sequence[Listener]
 ) -> MergeResult:
     recipe = examined.recipe
-    with ExitStack() as stack:
-        callbacks = list(listeners)
-        if recipe.tracking.to == "wandb":
-            callbacks.append(stack.enter_context(_wandb(recipe)))
-        if recipe.budget.seconds is not None:
-            callbacks.append(_Clock(recipe.budget.seconds, recipe.journal))
-        result = merge_adapters_hi(
-            model,
-            list(recipe.adapters),
-            {name: task.fn for name, task in examined.validation.items()},
-            adapter_name=recipe.name,
-            config=hi_config(recipe),
-            callbacks=callbacks,
-            journal=None if recipe.journal is None else recipe.place(recipe.journal),
-        )
-        if is_main():
-            result.save(out, sources=recipe.folders)
-            _save_merged(recipe, result)
-            for listener in callbacks:
-                listener(AdapterSaved(out, result.plan))
+    callbacks = list(listeners)
+    if recipe.budget.seconds is not None:
+        advice = "The journal has all of them: run it again to go on."
+        if recipe.journal is None:
+            advice = "Name a journal in the recipe to go on next time."
+        callbacks.append(Budget(seconds=recipe.budget.seconds, advice=advice))
+    result = merge_adapters_hi(
+        model,
+        list(recipe.adapters),
+        {name: task.fn for name, task in examined.validation.items()},
+        adapter_name=recipe.name,
+        config=hi_config(recipe),
+        callbacks=callbacks,
+        journal=None if recipe.journal is None else recipe.place(recipe.journal),
+    )
+    if is_main():
+        result.save(out, sources=recipe.folders)
+        _save_merged(recipe, result)
     return result
 
 
@@ -151,6 +156,7 @@ def _merge_by_method(
         rank=recipe.rank,
         eval_fns={name: task.fn for name, task in scored.items()} or None,
         metric=metric or None,
+        inputs={name: made.batches for name, made in examined.inputs.items()} or None,
         **recipe.options,
     )
     if is_main():
@@ -167,30 +173,10 @@ def _save_merged(recipe: Recipe, result: MergeResult | AdapterMerge) -> None:
 
 def _wandb(recipe: Recipe) -> WandbListener:
     told = recipe.tracking
-    start = {"project": told.project, "entity": told.entity, "name": told.run, "mode": told.mode}
+    start: dict[str, Any] = {"project": told.project, "entity": told.entity, "name": told.run}
+    start |= {"mode": told.mode}
+    start |= {"config": {"recipe": recipe.model_dump(exclude_defaults=True, exclude={"tracking"})}}
     return WandbListener(start={key: value for key, value in start.items() if value is not None})
-
-
-class _Clock:
-    """Ends a merge that took longer than it was allowed to."""
-
-    def __init__(self, seconds: float, journal: str | None) -> None:
-        self._seconds = seconds
-        self._journal = journal
-        self._start = time.monotonic()
-
-    def __call__(self, event: Event) -> None:
-        took = time.monotonic() - self._start
-        if isinstance(event, StateScored) and took > self._seconds and event.stage != "test":
-            kept = (
-                "The journal has all of them: run it again to go on."
-                if self._journal is not None
-                else "Name a journal in the recipe to go on next time."
-            )
-            raise BudgetError(
-                f"stopped after {took:.0f} s and {event.done} of at most {event.total} scores: "
-                f"budget.seconds is {self._seconds:g}. {kept}"
-            )
 
 
 def _keep(recipe: Recipe, out: Path, test: TestTable | None) -> None:

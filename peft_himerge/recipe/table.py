@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..events import Listener, StateScored
+from ..events import Listener, MergeTested, StateScored
 from ..probe import preserved
 from ..report import score_rows
 from ..scoring import Score, Task, read_score
@@ -86,7 +86,7 @@ def score_test(
         adapters: names of the adapters.
         merged: name of the merged one.
         tasks: task -> eval function.
-        listeners: called with a `StateScored` per score.
+        listeners: called with a `StateScored` per score, and a `MergeTested` at the end.
 
     Raises:
         EvalError: an eval function returned no score.
@@ -110,4 +110,7 @@ def score_test(
                     for listener in listeners:
                         listener(event)
             states[state] = row
-    return TestTable(states, tuple(adapters), merged)
+    table = TestTable(states, tuple(adapters), merged)
+    for listener in listeners:
+        listener(MergeTested(states, table.kept(merged)))
+    return table

@@ -26,6 +26,7 @@ __all__ = [
     "hi_config",
     "metric_of",
     "options_of",
+    "rows_of",
 ]
 
 FUNCTION, HARNESS = "function", "lm_eval_task"
@@ -124,6 +125,7 @@ def build_task(
     tokenizer: Any,
     functions: Mapping[str, Callable[[Any], Any]] | None,
     head: Path | None = None,
+    include_path: str | Path | None = None,
 ) -> Scored:
     """Return the eval function of one task on one split.
 
@@ -134,6 +136,7 @@ def build_task(
         tokenizer: that of the base model.
         functions: the user's own, by name; None if no file was given.
         head: folder of the adapter that brings the task's head; the recipe's own word goes first.
+        include_path: folder with tasks of lm-evaluation-harness, from the command line.
 
     Raises:
         ConfigError, EvalRowError, MissingExtraError: the data or an option does not fit.
@@ -146,22 +149,31 @@ def build_task(
     assert kind.build is not None
     options = dict(spec.options)
     if not kind.rows:
-        made = kind.build(source, tokenizer, **options)
+        made = kind.build(source, tokenizer, include_path=include_path, **options)
         return Scored(made, (), made.size, metric)
-    rows = evals.load_rows(
-        _source(recipe, source),
-        spec.kind,
-        split=split,
-        columns=spec.columns,
-        limit=spec.max_rows if split == "validation" else spec.max_test_rows,
-        subset=spec.subset,
-    )
+    rows = rows_of(recipe, spec, split)
     if "head" in options:
         options["head"] = recipe.place(options["head"])
     elif head is not None:
         options["head"] = head
     made = kind.build(rows, tokenizer, **options)
     return Scored(made, tuple(rows), made.size, metric)
+
+
+def rows_of(recipe: Recipe, spec: TaskSpec, split: str) -> list[Any]:
+    """Return the rows of one split of a task.
+
+    Raises:
+        ConfigError, EvalRowError, MissingExtraError: the data does not fit.
+    """
+    return evals.load_rows(
+        _source(recipe, getattr(spec, split)),
+        spec.kind,
+        split=split,
+        columns=spec.columns,
+        limit=spec.max_rows if split == "validation" else spec.max_test_rows,
+        subset=spec.subset,
+    )
 
 
 def _function(

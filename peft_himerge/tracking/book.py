@@ -132,6 +132,11 @@ class Book:
     _contributions: Contributions = field(default_factory=Contributions)
     _conflicts: list[Resolution] = field(default_factory=list)
 
+    @property
+    def round(self) -> int:
+        """Number of the last finished merge; 0 before the first."""
+        return self._count
+
     def take(self, event: Event) -> Round | None:
         """Write one event down; return the record if it was the last one of a merge."""
         if isinstance(event, RoundStarted):

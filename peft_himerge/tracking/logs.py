@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from ..events import AdapterSaved, Event
+from ..events import AdapterSaved, Event, MergeTested
 from .book import Book
 
 __all__ = ["JsonlListener", "LogListener"]
@@ -43,10 +43,10 @@ class LogListener:
 
 
 class JsonlListener:
-    """Appends one line of JSON per finished merge to a file, and one per saved adapter.
+    """Appends one line of JSON per finished merge to a file, one per test and per saved adapter.
 
-    Every line has the key "event", "round" or "saved". A round holds everything: scores, shares
-    kept, contributions, conflicts and the plan.
+    Every line has the key "event": "round", "tested" or "saved". A round holds everything: scores,
+    shares kept, contributions, conflicts and the plan.
 
     Args:
         path: the file; folders are made, lines are appended.
@@ -61,6 +61,9 @@ class JsonlListener:
         done = self._book.take(event)
         if done is not None:
             self._write({"event": "round", **done.to_dict()})
+        elif isinstance(event, MergeTested):
+            scores = {s: {t: x.value for t, x in row.items()} for s, row in event.scores.items()}
+            self._write({"event": "tested", "scores": scores, "kept": event.kept})
         elif isinstance(event, AdapterSaved):
             self._write({"event": "saved", "folder": str(event.folder)})
 

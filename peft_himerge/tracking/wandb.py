@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..events import AdapterSaved, Event, MergeStarted
+from ..events import AdapterSaved, Event, MergeStarted, MergeTested
 from ..report import describe_edit
 from . import figures
 from .book import Book, Round
@@ -89,20 +89,26 @@ class WandbListener:
             self._try("start", lambda: self._begin(event))
         elif done is not None:
             self._try("log", lambda: self._log(done))
+        elif isinstance(event, MergeTested):
+            self._try("log of the test scores", lambda: self._log_test(event))
         elif isinstance(event, AdapterSaved) and self._artifacts:
             self._try("upload", lambda: self._upload(event))
 
     def __enter__(self) -> WandbListener:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(failed=kind is not None)
 
-    def close(self) -> None:
-        """Finish the run if this listener started it."""
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run if this listener started it.
+
+        Args:
+            failed: True if W&B is to show it as failed.
+        """
         own, self._own = self._own, None
         if own is not None:
-            self._try("finish", own.finish)
+            self._try("finish", lambda: own.finish(exit_code=int(failed)))
 
     def _try(self, what: str, call: Callable[[], object]) -> None:
         try:
@@ -136,6 +142,7 @@ class WandbListener:
             "adapters": dict(event.digests),
             "tasks": list(event.tasks),
             "layers": list(event.layers),
+            "options": dict(event.options),
         }
         run.config.update({"himerge": facts}, allow_val_change=True)
 
@@ -154,6 +161,30 @@ class WandbListener:
             self._try("charts", lambda: self._chart(run, done))
         if self._artifacts:
             self._try("upload of the plan", lambda: self._upload_plan(run, done))
+
+    def _log_test(self, event: MergeTested) -> None:
+        """Log the scores of test data: as scalars of the merge's own row, and as a table."""
+        run = self._run()
+        if run is None:
+            return
+        import wandb
+
+        *_, merged = event.scores
+        payload: dict[str, Any] = {_ROUND: self._book.round}
+        for task, score in event.scores[merged].items():
+            payload[f"himerge/test/merged/{task}"] = score.value
+            payload[f"himerge/test/base/{task}"] = event.scores["base"][task].value
+            if task in event.scores:
+                payload[f"himerge/test/alone/{task}"] = event.scores[task][task].value
+        if event.kept is not None:
+            payload["himerge/test/kept"] = event.kept
+        rows = [
+            (state, task, score.value, score.se)
+            for state, row in event.scores.items()
+            for task, score in row.items()
+        ]
+        table = wandb.Table(columns=["state", "task", "score", "standard error"], data=rows)
+        run.log({**payload, "himerge/test_scores": table})
 
     def _summarise(self, run: Any, done: Round) -> None:
         """Write what sweeps and the runs table read; a sweep takes the last value it is given."""

@@ -1,0 +1,112 @@
+"""Adapters that act only where their own task's inputs are: what is left of most interference.
+
+Two adapters hurt each other because each also answers to the other's inputs. Focusing gives every
+adapter the part of RegMean's solution that is its own,
+
+    D_i' = D_i G_i (sum_j G_j)^-1          G_i = X_i^T X_i, the inputs of the module on task i,
+
+which is D_i itself on directions that only task i uses, 0 on those that only others use, and their
+share in between. The sum of the focused deltas is RegMean's merge. D_i' = B_i (A_i G_i (...)^-1)
+keeps its rank, so a focused adapter is a LoRA adapter like any other, and all that follows (density
+and scale, contributions, repair) works on it as it is.
+
+Source: RegMean (arXiv 2212.09849), equation 3; taking it apart by adapter, to merge the parts by
+Hi-Merging, is ours. Labels are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from . import export
+from .combine import Combiner
+from .lowrank import LowRank, low_rank_of_product
+from .methods.registry import get_method
+from .methods.stack import Factored
+from .mixture import gather
+from .names import check_adapter_names, check_new_name
+from .probe import Probe, preserved
+from .request import Request, check_evidence, prepare
+
+__all__ = ["focus_adapters"]
+
+
+def focus_adapters(
+    model: PeftModel,
+    adapters: Sequence[str],
+    inputs: Mapping[str, Iterable[Any]],
+    *,
+    suffix: str = "_focused",
+    **options: Any,
+) -> dict[str, str]:
+    """Add, for each adapter, one that acts only where its own task's inputs are.
+
+    Merge these instead of the adapters themselves::
+
+        focused = focus_adapters(model, ["en", "zh"], {"en": en_batches, "zh": zh_batches})
+        merge_adapters_hi(
+            model, list(focused.values()), {focused[n]: fn for n, fn in eval_fns.items()}
+        )
+
+    Alone, a focused adapter is weaker than its source: it leaves to the others what is theirs.
+
+    Args:
+        model: a PeftModel with the adapters loaded; comes back bit-identical but for the new
+            adapters, which are frozen and not active.
+        adapters: names of the adapters, at least one, each once.
+        inputs: adapter -> batches (dicts of tensors that the model takes) of its own task; no
+            labels are needed. A few dozen examples are enough.
+        suffix: what the new names end with.
+        options: RegMean's `off_diagonal`, `ridge` and `gram_gib`.
+
+    Returns:
+        adapter -> name of its focused adapter.
+
+    Raises:
+        ConfigError: an argument is not allowed, or a name is taken; nothing was touched.
+        AdapterError: an adapter is not plain LoRA.
+    """
+    names = check_adapter_names(adapters)
+    made = {name: f"{name}{suffix}" for name in names}
+    taken = model.peft_config if isinstance(model, PeftModel) else ()
+    for new in made.values():
+        check_new_name(new, taken, f"call model.delete_adapter({new!r}) first, or give a suffix")
+    method = get_method("regmean")
+    check_evidence(method, inputs=inputs)
+    request = prepare(model, method, dict.fromkeys(names, 1.0), options=options, policy="error")
+    evidence = gather(model, names, inputs, request.carried.settings, 0)
+    assert evidence is not None
+    with preserved(model), torch.no_grad():
+        request = request.fit(evidence(Probe(model, Combiner(request.adapters))))
+        parts = _apart(request)
+        added: list[str] = []
+        try:
+            for adapter in request.adapters:
+                new = made[adapter.name]
+                added.append(new)
+                export.add_adapter(model, new, Combiner([adapter]), parts[adapter.name])
+        except BaseException:
+            for new in added:
+                export.remove_adapter(model, new)
+            raise
+    return made
+
+
+def _apart(request: Request) -> dict[str, dict[str, LowRank]]:
+    """Return adapter -> module -> its own part of RegMean's solution."""
+    parts: dict[str, dict[str, LowRank]] = {a.name: {} for a in request.adapters}
+    stacks = {stack.module: stack for stack in request.stacks}
+    for module, delta in request.deltas():
+        assert isinstance(delta, Factored)
+        at = 0
+        for name, rank in zip(stacks[module].names, stacks[module].ranks, strict=True):
+            own = slice(at, at + rank)
+            at += rank
+            if rank:
+                b, a = delta.b[:, own], delta.a[own]
+                parts[name][module] = low_rank_of_product(b, a, "exact")
+    return parts

@@ -1,0 +1,139 @@
+"""Focused adapters, against RegMean's equation taken apart by hand in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from snapshot import moved, snapshot
+from test_methods_inputs import TRIO, Inputs, dense_of, inputs_of, token_rows
+from tiny import eval_fns, peft_model
+from torch import Tensor, nn
+
+from peft_himerge import HiMergeConfig, focus_adapters, merge_adapters, merge_adapters_hi
+from peft_himerge.adapters import read_adapters
+from peft_himerge.combine import Combiner
+from peft_himerge.errors import AdapterError, ConfigError
+from peft_himerge.plan import IDENTITY
+
+OFF, RIDGE = 0.8, 1e-4
+
+
+def dense(model: Any, name: str) -> dict[str, Tensor]:
+    combiner = Combiner(read_adapters(model, [name]))
+    plan = combiner.plan({name: IDENTITY})
+    return {m: combiner.delta(m, combiner.terms(plan, m)).double() for m in combiner.modules}
+
+
+def own_part(rows: dict[str, Tensor], deltas: dict[str, Tensor], name: str) -> Tensor:
+    """D_i (G_i + e I) (sum_j G_j + e I)^-1, each Gram matrix with a share of 1 / adapters."""
+    share = 1.0 / len(rows)
+    grams = {}
+    for task, x in rows.items():
+        g = x.t() @ x / len(x)
+        grams[task] = share * (OFF * g + (1.0 - OFF) * torch.diag(torch.diag(g)))
+    total = torch.stack(list(grams.values())).sum(0)
+    extra = RIDGE * torch.trace(total) / len(total)
+    eye = torch.eye(len(total), dtype=torch.float64)
+    return (
+        deltas[name] @ (grams[name] + share * extra * eye) @ torch.linalg.inv(total + extra * eye)
+    )
+
+
+def foreign(changes: list[str]) -> list[str]:
+    return [c for c in changes if "_focused" not in c and c != "adapters"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_focused_adapters_are_regmean_taken_apart(kind: str) -> None:
+    model = peft_model(kind, 3)
+    plain = dense_of(model, kind)
+    inputs: Inputs = inputs_of(kind, TRIO)
+    before = snapshot(model)
+    made = focus_adapters(model, TRIO, inputs, off_diagonal=OFF, ridge=RIDGE)
+    assert made == {name: f"{name}_focused" for name in TRIO}
+    assert foreign(moved(before, snapshot(model))) == []
+    merge_adapters(model, TRIO, "regmean", inputs=inputs, off_diagonal=OFF, ridge=RIDGE)
+    whole, sources = dense(model, "merged"), {name: dense(model, name) for name in TRIO}
+    parts = {name: dense(model, new) for name, new in made.items()}
+    checked = 0
+    for module, summed in whole.items():
+        held = [part[module] for part in parts.values() if module in part]
+        torch.testing.assert_close(torch.stack(held).sum(0), summed, rtol=1e-4, atol=1e-6)
+        if isinstance(plain.plain.get_submodule(module), nn.Embedding):
+            continue
+        rows = token_rows(plain, inputs, module, kind)
+        for name in TRIO:
+            if module in parts[name]:
+                want = own_part(
+                    rows, {n: d[module] for n, d in sources.items() if module in d}, name
+                )
+                lost = torch.linalg.vector_norm(parts[name][module] - want)
+                assert lost <= 1e-3 * torch.linalg.vector_norm(want), (module, name)
+                checked += 1
+    assert checked > 6
+    for name, new in made.items():
+        (source,), (part,) = read_adapters(model, [name]), read_adapters(model, [new])
+        assert max(f.rank for f in part.factors.values()) <= max(
+            f.rank for f in source.factors.values()
+        )
+
+
+def test_one_adapter_alone_keeps_what_its_inputs_reach() -> None:
+    model = peft_model("llama", 1)
+    name = next(iter(model.peft_config))
+    inputs = inputs_of("llama", [name], 32)
+    made = focus_adapters(model, [name], inputs)
+    before, after = dense(model, name), dense(model, made[name])
+    for module in before:
+        torch.testing.assert_close(after[module], before[module], rtol=1e-4, atol=1e-6)
+
+
+def test_focused_adapters_merge_like_any_others() -> None:
+    model = peft_model("llama", 2)
+    names = TRIO[:2] if set(TRIO[:2]) <= set(model.peft_config) else list(model.peft_config)[:2]
+    made = focus_adapters(model, names, inputs_of("llama", names), suffix="-f")
+    fns = {made[name]: fn for name, fn in eval_fns("llama", names).items()}
+    config = HiMergeConfig(variant="joint", density=1.0, scale=1.0, max_export_drop=None)
+    result = merge_adapters_hi(model, list(made.values()), fns, config=config)
+    assert set(result.plan.adapters) == set(made.values())
+    assert all(str(new).endswith("-f") for new in made.values())
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_added() -> None:
+    model = peft_model("llama", 2)
+    names = sorted(model.peft_config)[:2]
+    inputs = inputs_of("llama", names)
+    before = snapshot(model)
+    for wrong, text in (
+        (({}, {}), "needs inputs"),
+        (({names[0]: inputs[names[0]]}, {}), names[1]),
+        ((inputs, {"suffix": ""}), "already"),
+        ((inputs, {"off_diagonal": 2.0}), "off_diagonal"),
+        ((inputs, {"lam": 2.0}), "lam"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            focus_adapters(model, names, wrong[0], **wrong[1])
+    assert moved(before, snapshot(model)) == []
+
+
+def test_a_failure_on_the_way_takes_all_new_adapters_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_himerge import export
+
+    model = peft_model("llama", 2)
+    names = sorted(model.peft_config)[:2]
+    before, real = snapshot(model), export.add_adapter
+    calls: list[str] = []
+
+    def second_fails(model: Any, name: str, *rest: Any, **more: Any) -> int:
+        calls.append(name)
+        if len(calls) == 2:
+            raise AdapterError("no")
+        return real(model, name, *rest, **more)
+
+    monkeypatch.setattr(export, "add_adapter", second_fails)
+    with pytest.raises(AdapterError, match="no"):
+        focus_adapters(model, names, inputs_of("llama", names))
+    assert len(calls) == 2
+    assert moved(before, snapshot(model)) == []
