@@ -69,7 +69,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "reached": {"adapters"},
     "focus": {
-        *("combine", "export", "lowrank", "methods", "mixture", "names", "probe", "request"),
+        *("combine", "export", "interrupts", "lowrank", "methods", "mixture", "names", "probe"),
+        "request",
     },
     # floor 5: what stands on those
     "mixture": {"adapters", "batches", "combine", "errors", "factors", "interrupts", "probe"},

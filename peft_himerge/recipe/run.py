@@ -73,12 +73,21 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
     recipe = examined.recipe
     if examined.faults:
         raise RecipeError(recipe.file, examined.faults)
-    out = recipe.place(recipe.out)
+    if recipe.tracking.to == "none":
+        return _owned(examined, listeners)
+    with _wandb(recipe) as tracker:
+        return _owned(examined, [*listeners, tracker])
+
+
+def _owned(examined: Examined, listeners: Sequence[Listener]) -> Merged:
+    out = examined.recipe.place(examined.recipe.out)
     with owning(out) if is_main() else nullcontext():
-        if recipe.tracking.to == "none":
-            return _run(examined, out, listeners)
-        with _wandb(recipe) as tracker:
-            return _run(examined, out, [*listeners, tracker])
+        merged = _run(examined, out, listeners)
+    # Who takes the folder away as it is must not find the lock in it.
+    if is_main() and isinstance(merged.result, MergeResult):
+        for listener in listeners:
+            listener(AdapterSaved(out, merged.result.plan))
+    return merged
 
 
 def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged:
@@ -97,9 +106,6 @@ def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged
     if examined.test:
         test = score_test(model, list(recipe.adapters), recipe.name, examined.test, listeners)
     _keep(recipe, out, test)
-    if isinstance(done, MergeResult):
-        for listener in listeners:
-            listener(AdapterSaved(out, done.plan))
     return Merged(out, done, test)
 
 
