@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from .combine import Combiner, add_to_weight
 from .errors import ConfigError, PlanError
 from .factors import as_matrix
-from .files import replacing, stream_tensors
+from .outputs import publishing
+from .shards import stream_tensors
 
 __all__ = ["Blocks", "save_checkpoint"]
 
@@ -32,11 +33,14 @@ def save_checkpoint(
         base: folder of the base model (safetensors, one file or shards).
         combiner: knows the adapted modules, their kinds and shapes.
         blocks: makes one module's delta, in any order.
-        folder: where to write; config, tokenizer and other small files are copied along.
+        folder: where to write, all files or none (`outputs.publishing`); config, tokenizer and
+            other small files are copied along.
 
     Raises:
         PlanError: a module of the adapters has no weight in the base checkpoint.
-        ConfigError: `base` holds no safetensors, or the weight is quantised or tied.
+        ConfigError: `base` holds no safetensors, the weight is quantised or tied, or `folder` holds
+            weights of another checkpoint.
+        OutputError: `folder` is in use or cannot be written; it is as it was.
     """
     source, target = Path(base), Path(folder)
     shards = sorted(source.glob("*.safetensors"))
@@ -48,33 +52,49 @@ def save_checkpoint(
             keys.update(dict.fromkeys(opened.keys(), shard))
     if target.exists() and target.samefile(source):
         raise ConfigError(f"the merged checkpoint would overwrite the base model in {str(base)!r}.")
+    _refuse_leftovers(target, shards)
     where = {_find_key(module, keys): module for module in combiner.modules}
     _refuse_tied(source, where, keys, combiner)
     _refuse_misfits(where, keys, combiner)
-    target.mkdir(parents=True, exist_ok=True)
-    for extra in sorted(source.iterdir()):
-        small = extra.is_file() and extra.suffix in {".json", ".txt", ".model", ".jinja"}
-        if small:
-            with replacing(target / extra.name) as beside:
-                beside.write_bytes(extra.read_bytes())
-    for shard in shards:
-        with safe_open(shard, "pt") as opened, replacing(target / shard.name) as beside:
-            names = list(opened.keys())
-            heads = {key: opened.get_slice(key) for key in names}
-            metadata = opened.metadata() or {"format": "pt"}
-
-            def tensor(key: str, opened: Any = opened) -> Tensor:
-                value: Tensor = opened.get_tensor(key)
-                module = where.get(key)
-                if module is None:
-                    return value
-                if not value.is_floating_point():
-                    raise ConfigError(f"{key!r} is quantised ({value.dtype}); use a plain base.")
-                return add_to_weight(value, combiner.kind(module), blocks(module))
-
-            layout = {key: (head.get_dtype(), head.get_shape()) for key, head in heads.items()}
-            stream_tensors(beside, layout, tensor, metadata)
+    with publishing(target) as new:
+        for extra in sorted(source.iterdir()):
+            small = extra.is_file() and extra.suffix in {".json", ".txt", ".model", ".jinja"}
+            if small:
+                (new / extra.name).write_bytes(extra.read_bytes())
+        for shard in shards:
+            _write_shard(shard, new / shard.name, where, combiner, blocks)
     return target
+
+
+def _write_shard(
+    shard: Path, target: Path, where: Mapping[str, str], combiner: Combiner, blocks: Blocks
+) -> None:
+    with safe_open(shard, "pt") as opened:
+        names = list(opened.keys())
+        heads = {key: opened.get_slice(key) for key in names}
+        metadata = opened.metadata() or {"format": "pt"}
+
+        def tensor(key: str, opened: Any = opened) -> Tensor:
+            value: Tensor = opened.get_tensor(key)
+            module = where.get(key)
+            if module is None:
+                return value
+            if not value.is_floating_point():
+                raise ConfigError(f"{key!r} is quantised ({value.dtype}); use a plain base.")
+            return add_to_weight(value, combiner.kind(module), blocks(module))
+
+        layout = {key: (head.get_dtype(), head.get_shape()) for key, head in heads.items()}
+        stream_tensors(target, layout, tensor, metadata)
+
+
+def _refuse_leftovers(target: Path, shards: Sequence[Path]) -> None:
+    names = {shard.name for shard in shards}
+    other = sorted(p.name for p in target.glob("model*.safetensors") if p.name not in names)
+    if other:
+        raise ConfigError(
+            f"{str(target)!r} holds {other[0]!r} of another checkpoint, which could be loaded in "
+            f"place of the new one. Remove it, or choose another folder."
+        )
 
 
 def _find_key(module: str, keys: Mapping[str, Path]) -> str:

@@ -1,7 +1,7 @@
 """`himerge`: parse, call, print, exit code.
 
 0 is done. 1: the merge failed, or `check` found something. 2: bad input, that is a wrong call,
-recipe, option, adapter or data; nothing was paid for or written.
+recipe, option, adapter or data; nothing was paid for or written. 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from .cli_bench import bench
 from .cli_check import check
+from .cli_group import Commands
 from .cli_recipe import (
     Evals,
     IncludePath,
@@ -35,6 +37,7 @@ from .cli_report import report
 from .config import HiMergeConfig
 from .errors import ConfigError, HiMergeError
 from .json_file import parse_json
+from .outputs import owning
 from .plan import MergePlan
 
 # What needs torch is imported where it is used: --help, report and check do not wait for it.
@@ -46,7 +49,10 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Merge LoRA adapters by Hi-Merging.", no_args_is_help=True, add_completion=False
+    cls=Commands,
+    help="Merge LoRA adapters by Hi-Merging.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 app.command()(bench)
 app.command()(check)
@@ -99,12 +105,14 @@ def merge(
     from .processes import is_main
     from .tables import print_conflicts, print_scores
 
-    result = _merge_scored(folders, base, evals, config, name, journal)
-    if not is_main():  # of several processes that made this merge together
-        return
-    result.save(out, sources=folders)
-    if merged is not None:
-        result.save_merged(base, merged)
+    # Of several processes that make this merge together only the main one writes.
+    with owning(out) if is_main() else nullcontext():
+        result = _merge_scored(folders, base, evals, config, name, journal)
+        if not is_main():
+            return
+        result.save(out, sources=folders)
+        if merged is not None:
+            result.save_merged(base, merged)
     screen = Console()
     print_conflicts(screen, result)
     print_scores(screen, result)

@@ -11,6 +11,7 @@ builtin a caller would expect, so `except ValueError` keeps working.
     ├── ExportError        (RuntimeError) the exported adapter is not as good as the merged state
     ├── BudgetError        (RuntimeError) a merge took longer than it was allowed to
     ├── JournalError       (OSError)      the journal of scores is in use, or cannot be written
+    ├── OutputError        (OSError)      a folder is being written by another, or cannot be written
     ├── ProcessError       (RuntimeError) another process of the same merge failed or is missing
     └── MissingExtraError  (ImportError)  an optional package is needed and not installed
 """
@@ -33,6 +34,7 @@ __all__ = [
     "HiMergeError",
     "JournalError",
     "MissingExtraError",
+    "OutputError",
     "PlanError",
     "ProcessError",
     "suggest",
@@ -78,6 +80,10 @@ class BudgetError(HiMergeError, RuntimeError):
 
 class JournalError(HiMergeError, OSError):
     """The journal of scores is in use by another merge, or cannot be read or written."""
+
+
+class OutputError(HiMergeError, OSError):
+    """A folder to write to is in use by another process, or cannot be written."""
 
 
 class ProcessError(HiMergeError, RuntimeError):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,8 +35,8 @@ __all__ = [
     "approximate",
     "iter_approximate",
     "merge_in_place",
-    "save_adapter",
     "stored_dtype",
+    "write_adapter",
 ]
 
 WEIGHTS = "adapter_model.safetensors"
@@ -212,18 +213,15 @@ def _targets(model: PeftModel, modules: list[str]) -> list[str]:
     return sorted(short)
 
 
-def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
-    """Write one adapter of `model` to `folder` in PEFT's layout, flat, and return the folder.
-
-    The config is written last: a folder with a config is a whole adapter.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+def write_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    """Write one adapter of `model` to an empty folder in PEFT's layout, flat."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    with replacing(target / WEIGHTS) as beside:
-        save_file(tensors, str(beside), metadata={"format": "pt"})
-        (target / "adapter_config.json").unlink(missing_ok=True)  # weights are whole by now
+    with replacing(folder / WEIGHTS) as beside:
+        try:
+            save_file(tensors, str(beside), metadata={"format": "pt"})
+        except SafetensorError as exc:  # for example a full disk
+            raise OSError(str(exc)) from exc
     usual = LoraConfig().to_dict()
     fields = {
         field: value
@@ -231,8 +229,7 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> Path:
         if field in _LASTING or value != usual.get(field)
     }
     text = json.dumps(fields, indent=2, sort_keys=True, default=_plain)
-    write_text(target / "adapter_config.json", text + "\n")
-    return target
+    write_text(folder / "adapter_config.json", text + "\n")
 
 
 def _plain(value: object) -> object:

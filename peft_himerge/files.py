@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import struct
-from collections.abc import Callable, Iterator, Mapping
+import platform
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import psutil
 
-__all__ = ["replacing", "stream_tensors", "write_text"]
+__all__ = ["SCRATCH", "replacing", "sync", "write_text"]
+
+SCRATCH = ".himerge-tmp"
+"""How the name of a file ends that is not whole yet; it begins with a dot."""
 
 
 @contextmanager
@@ -22,19 +22,22 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it takes the place of `path` at once.
 
     The file may be read by whoever may read new files here: safetensors 0.8 alone would make it
-    readable by its owner only, so that a server of another user could not load it.
+    readable by its owner only, so that a server of another user could not load it. What a killed
+    process of this machine left beside `path` is removed.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.touch()
-    mode = beside.stat().st_mode
+    host = platform.node() or "localhost"
+    _clear(path, host)
+    beside = path.with_name(f".{path.name}.{host}-{os.getpid()}{SCRATCH}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         yield beside
         beside.chmod(mode)
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())
+        sync(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,30 +47,24 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-_BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, on the disk when this returns."""
+    if path.is_dir() and sys.platform == "win32":  # which cannot open a folder
+        return
+    # Windows syncs only what is open for writing.
+    mode = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
+    opened = os.open(path, mode)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
-def stream_tensors(
-    path: Path,
-    layout: Mapping[str, tuple[str, list[int]]],
-    tensor: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file tensor by tensor: header length, JSON header, raw bytes."""
-    import torch  # here, since who writes a text need not wait for it
-
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for key, (dtype, shape) in layout.items():
-        size = math.prod(shape) * _BYTES[dtype]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)))
-        out.write(text)
-        for key in layout:
-            flat = tensor(key).contiguous().flatten().view(torch.uint8)
-            out.write(flat.numpy().data)
+def _clear(path: Path, host: str) -> None:
+    """Remove what processes that are dead left of this file. Another machine's may be alive."""
+    start = f".{path.name}.{host}-"
+    for other in path.parent.iterdir():
+        if other.name.startswith(start) and other.name.endswith(SCRATCH):
+            number = other.name[len(start) : -len(SCRATCH)]
+            if number.isdigit() and not psutil.pid_exists(int(number)):
+                other.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from peft import PeftModel
 
 from . import export
 from .combine import Combiner
+from .interrupts import heard, held
 from .lowrank import LowRank, low_rank_of_product
 from .methods.registry import get_method
 from .methods.stack import Factored
@@ -35,6 +36,7 @@ from .request import Request, check_evidence, prepare
 __all__ = ["focus_adapters"]
 
 
+@held()
 def focus_adapters(
     model: PeftModel,
     adapters: Sequence[str],
@@ -82,7 +84,8 @@ def focus_adapters(
     assert evidence is not None
     with preserved(model), torch.no_grad():
         request = request.fit(evidence(Probe(model, Combiner(request.adapters))))
-        parts = _apart(request)
+        with heard():
+            parts = _apart(request)
         added: list[str] = []
         try:
             for adapter in request.adapters:

@@ -19,6 +19,7 @@ from .errors import ConfigError, HiMergeError, JournalError
 from .events import Listener, MergeFinished
 from .factors import Adapter
 from .identity import base_digest
+from .interrupts import heard, held
 from .ledger import Ledger, open_ledger
 from .lowrank import LowRank
 from .names import check_adapter_names, check_new_name
@@ -35,6 +36,7 @@ from .search import check_search
 __all__ = ["apply_plan", "merge_adapters_hi", "score_plans"]
 
 
+@held()
 def merge_adapters_hi(
     model: PeftModel,
     adapters: Sequence[str],
@@ -76,6 +78,10 @@ def merge_adapters_hi(
     Returns:
         A `MergeResult`: plan, contributions, conflicts, scores of all states; `save(dir)`.
 
+    Ctrl-C ends the eval function that runs, once (`interrupts.held`): the model is put back, the
+    journal keeps the scores before it, and KeyboardInterrupt is raised. A second one changes
+    nothing.
+
     Raises:
         ConfigError: an argument is not allowed; nothing was touched.
         AdapterError: an adapter cannot be merged exactly; nothing was touched.
@@ -109,7 +115,8 @@ def merge_adapters_hi(
                     cost = run.cost()
                     engine = Engine(probe, run.tasks, run.emit, cost, ledger=ledger, team=team)
                     run.merge(engine)
-                    parts = export.approximate(run.combiner, run.plan, config.rank)
+                    with heard():
+                        parts = export.approximate(run.combiner, run.plan, config.rank)
                     probe.show(MergePlan.base())
                     rank = export.add_adapter(model, adapter_name, run.combiner, parts)
                     run.score_export(engine, adapter_name)
@@ -151,6 +158,7 @@ def _start_alike(team: Team, model: PeftModel, combiner: Combiner, ledger: Ledge
         ) from exc
 
 
+@held()
 def apply_plan(
     model: PeftModel,
     plan: MergePlan,
@@ -184,11 +192,13 @@ def apply_plan(
     run.plan = plan
     with preserved(model):
         Probe(model, run.combiner)
-        parts = export.approximate(run.combiner, plan, config.rank)
+        with heard():
+            parts = export.approximate(run.combiner, plan, config.rank)
         new_rank = export.add_adapter(model, adapter_name, run.combiner, parts)
     return _result(model, adapter_name, run, parts, new_rank, 0, start)
 
 
+@held()
 def score_plans(
     model: PeftModel,
     adapters: Sequence[str],

@@ -18,6 +18,7 @@ from .errors import AdapterError, ConfigError, suggest
 from .factors import Adapter
 from .methods.registry import MethodInfo
 from .methods.stack import Delta
+from .outputs import owning, publishing, told
 from .result import (
     MergeResult,
     ModuleError,
@@ -113,7 +114,7 @@ class AdapterMerge:
         ones. For the method "hi" all is as by `MergeResult.save`, with plan.json.
 
         Args:
-            folder: created if it is not there; files of these names are replaced.
+            folder: created if it is not there; files of these names are replaced, all or none.
             sources: adapter -> folder it was loaded from, as far as you like: licences that their
                 model cards name go into ours.
             page: False leaves out report.html; ``himerge report FOLDER`` makes it later.
@@ -123,18 +124,19 @@ class AdapterMerge:
 
         Raises:
             ConfigError: `sources` names another adapter.
+            OutputError: the folder is in use or cannot be written; it is as it was.
         """
         if self.hi is not None:
             return self.hi.save(folder, sources=sources, page=page)
         licences = card.licences_of(sources, self._sources)
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         shown = deltas_of(self.model, self.adapter_name, self._check_sources)
         facts = self.to_dict() | {"geometry": shown}
-        save_reports(target, facts, page=page)
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        files.write_text(target / "README.md", card.render_card(facts, base, licences))
-        return export.save_adapter(self.model, self.adapter_name, target)
+        with publishing(folder) as new:
+            save_reports(new, facts, page=page)
+            files.write_text(new / "README.md", card.render_card(facts, base, licences))
+            export.write_adapter(self.model, self.adapter_name, new)
+        return Path(folder)
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
         """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.
@@ -154,9 +156,7 @@ class AdapterMerge:
                 f"the merged adapter also holds {', '.join(self._carried)}, which are no deltas of "
                 f"base weights. Use model.merge_and_unload() for them."
             )
-        parent = Path(folder).absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent) as spool:
+        with owning(folder), told(Path(folder)), tempfile.TemporaryFile(dir=folder) as spool:
             blocks = waiting(self._deltas, spool)
             return checkpoint.save_checkpoint(base, combiner, blocks, folder)
 

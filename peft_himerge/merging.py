@@ -16,6 +16,7 @@ from .byhi import HI, merge_by_hi
 from .carried import fill
 from .combine import Combiner
 from .errors import AdapterError, ConfigError
+from .interrupts import heard, held
 from .layers import layer_of
 from .lowrank import LowRank, Rank, low_rank_of_dense, low_rank_of_product
 from .merged import AdapterMerge
@@ -146,6 +147,7 @@ def merge_adapters(
     return run(model, adapter_name, request, start, evidence)
 
 
+@held()
 def run(
     model: PeftModel,
     adapter_name: str,
@@ -164,7 +166,8 @@ def run(
         with torch.no_grad():
             if evidence is not None:
                 request = request.fit(evidence(probe))
-            parts = _compressed(request)
+            with heard():
+                parts = _compressed(request)
         rank = export.add_adapter(
             model,
             made,

@@ -26,6 +26,7 @@ from .batches import Batch, Batches, counted_tokens, read_batches
 from .combine import Combiner
 from .errors import ConfigError
 from .factors import Kind, LoraFactors, working_dtype
+from .interrupts import heard
 from .probe import Probe, preserved
 
 __all__ = ["Evidence", "Mixture", "Watch", "chunk_of_row", "gather", "logits_of"]
@@ -215,7 +216,7 @@ class Mixture:
         """
         device = next(self._model.parameters()).device
         placed = {k: v if device.type == "meta" else v.to(device) for k, v in batch.items()}
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), heard():
             return self._model(**placed)
 
     def alone(self, name: str, batch: Batch) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -29,8 +28,10 @@ from .factors import Adapter, LoraFactors
 from .folders import read_folder
 from .lowrank import LowRank
 from .names import check_new_name
+from .outputs import publishing
 from .plan import DROP, MergePlan
 from .result import ModuleError, module_records, relative_error, save_reports, versions
+from .shards import stream_tensors
 
 __all__ = ["FolderMerge", "merge_folders"]
 
@@ -103,7 +104,7 @@ def merge_folders(
 
     Args:
         adapters: name -> folder in PEFT's layout, at least one. Their order does not matter.
-        out: folder to write; files of the same names are replaced when the new ones are whole.
+        out: folder to write; files of the same names are replaced when all new ones are whole.
         plan: from `MergeResult.plan` or `MergePlan.from_json`; must merge exactly `adapters`.
         config: density, scale, prune_scope and rank are read; with a plan, rank alone.
         adapter_name: what report and model card call the result.
@@ -116,6 +117,7 @@ def merge_folders(
         ConfigError: an argument is not allowed, or a number is missing.
         AdapterError: an adapter cannot be merged exactly; see `read_folder`.
         PlanError: the plan was made for other adapters or other weights.
+        OutputError: `out` is in use or cannot be written; it is as it was.
     """
     start = time.perf_counter()
     target = Path(out)
@@ -195,28 +197,22 @@ def _write(
     licences: Mapping[str, str],
     start: float,
 ) -> FolderMerge:
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-    try:
+    with publishing(target) as new:
         parts = export.iter_approximate(combiner, plan, config.rank, dense_entries=_DENSE_ENTRIES)
-        rank, done, spectra = _write_factors(beside / export.WEIGHTS, combiner, parts)
+        rank, done, spectra = _write_factors(new / export.WEIGHTS, combiner, parts)
         modules = tuple(ModuleError(m, p.rank, p.error, p.norm) for m, p in done)
         fields = _fields(combiner, rank)
         text = json.dumps(fields, indent=2, sort_keys=True)
-        files.write_text(beside / "adapter_config.json", text + "\n")
-        files.write_text(beside / "plan.json", plan.to_json())
+        files.write_text(new / "adapter_config.json", text + "\n")
+        files.write_text(new / "plan.json", plan.to_json())
         merge = FolderMerge(
             target, adapter_name, plan, rank, modules, time.perf_counter() - start, _peak()
         )
         shape = geometry.to_records(geometry.layer_geometry(combiner), spectra)
         facts = merge.to_dict() | {"geometry": shape}
-        save_reports(beside, facts)
+        save_reports(new, facts)
         text = card.render_card(facts, fields["base_model_name_or_path"], licences)
-        files.write_text(beside / "README.md", text)
-        _put_in_place(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        files.write_text(new / "README.md", text)
     return merge
 
 
@@ -269,7 +265,7 @@ def _write_factors(
         by_key = {e.key: e for e in entries}
         layout = {e.key: (_CODES[e.dtype], list(e.shape)) for e in entries}
         with files.replacing(path) as beside:
-            files.stream_tensors(beside, layout, tensor, {"format": "pt"})
+            stream_tensors(beside, layout, tensor, {"format": "pt"})
     return rank, tuple(done), spectra
 
 
@@ -300,18 +296,6 @@ def _entries(combiner: Combiner, module: str, rank: int) -> tuple[_Entry, _Entry
         _Entry(f"{stem}A{tail}", module, "A", a, dtype),
         _Entry(f"{stem}B{tail}", module, "B", b, dtype),
     )
-
-
-def _put_in_place(beside: Path, target: Path) -> None:
-    """Move the finished files to `target`; a folder with a config is always a whole adapter."""
-    config = "adapter_config.json"
-    if not target.exists():
-        beside.chmod(0o755)  # mkdtemp made it private
-        beside.replace(target)
-        return
-    (target / config).unlink(missing_ok=True)
-    for path in sorted(beside.iterdir(), key=lambda p: p.name == config):
-        path.replace(target / path.name)
 
 
 def _fields(combiner: Combiner, rank: int) -> dict[str, Any]:

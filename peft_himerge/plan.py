@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import ConfigError, PlanError, suggest
+from .files import write_text
 from .json_file import parse_json, read_object
 
 __all__ = ["DROP", "IDENTITY", "MOST_SCALE", "PRUNE_SCOPES", "Edit", "MergePlan"]
@@ -294,7 +295,7 @@ class MergePlan:
         """Return the plan as JSON text, and write it to `path` if one is given."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(Path(path), text)
         return text
 
     @classmethod

@@ -31,6 +31,7 @@ from .blocks import BlockMemo, find_blocks
 from .combine import Combiner, DeltaLike, Term, add_to_weight
 from .errors import AdapterError, ConfigError, EvalError, HiMergeError
 from .factors import as_matrix
+from .interrupts import heard
 from .keeping import Settings, Snapshot, Structure, preserved, watch
 from .plan import MergePlan
 from .randomness import put_back
@@ -56,8 +57,8 @@ class Probe:
     """Shows plans in the live model and scores them there; a context manager.
 
     Inside the context the model is in eval mode with every adapter switched off and the shown
-    plan's deltas in place. On leaving, also by an exception or Ctrl-C, everything is as before:
-    the same parameter objects, flags, modes, active adapters and RNG states.
+    plan's deltas in place. On leaving, also by an exception, all is as before: the same parameter
+    objects, flags, modes, active adapters, RNG states; `interrupts.held` sees to Ctrl-C.
 
     Args:
         model: the user's model.
@@ -364,7 +365,7 @@ class Probe:
         changed_values = watch(self.model) if self._verify else None
         try:
             scoring = self.blocks.scoring(task.name, self._block_state)
-            with torch.no_grad(), _eager(self.model), scoring:
+            with torch.no_grad(), _eager(self.model), scoring, heard():
                 raw = task.fn(self.model)
         except Exception as exc:
             if hasattr(exc, "add_note") and not isinstance(exc, HiMergeError):  # Python >= 3.11

@@ -22,6 +22,7 @@ from .combine import Combiner
 from .conflict import Resolution
 from .contribution import Contributions
 from .errors import AdapterError, suggest
+from .outputs import publishing
 from .page import HOW_TO_GET_IT, available, parse_report, render_page
 from .plan import MergePlan
 from .scoring import Score
@@ -156,7 +157,7 @@ class MergeResult:
         second for a model of 0.3 billion parameters and some seconds for one of 7 billion.
 
         Args:
-            folder: created if it is not there; files of these names are replaced.
+            folder: created if it is not there; files of these names are replaced, all or none.
             sources: adapter -> folder it was loaded from, as far as you like: licences that their
                 model cards name go into ours.
             page: False leaves out report.html; ``himerge report FOLDER`` makes it later.
@@ -166,17 +167,18 @@ class MergeResult:
 
         Raises:
             ConfigError: `sources` names another adapter.
+            OutputError: the folder is in use or cannot be written; it is as it was.
         """
         licences = card.licences_of(sources, self.plan.sources)
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        files.write_text(target / "plan.json", self.plan.to_json())
         shown = deltas_of(self.model, self.adapter_name, self._unchanged)
         facts = self.to_dict() | {"geometry": shown}
-        save_reports(target, facts, page=page)
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        files.write_text(target / "README.md", card.render_card(facts, base, licences))
-        return export.save_adapter(self.model, self.adapter_name, target)
+        with publishing(folder) as new:
+            files.write_text(new / "plan.json", self.plan.to_json())
+            save_reports(new, facts, page=page)
+            files.write_text(new / "README.md", card.render_card(facts, base, licences))
+            export.write_adapter(self.model, self.adapter_name, new)
+        return Path(folder)
 
     def save_merged(self, base: str | Path, folder: str | Path) -> Path:
         """Write base + exact merged delta as a full checkpoint, streamed from the folder `base`.

@@ -14,6 +14,7 @@ from .cost import Cost, estimate
 from .engine import Engine
 from .errors import ConfigError, ExportError
 from .events import ContributionsMeasured, Event, LayerResolved, Listener, MergeStarted
+from .interrupts import heard
 from .plan import DROP, Edit, MergePlan
 from .scoring import Score, Task
 from .search import GRID, Trial, best, search_edit
@@ -62,7 +63,8 @@ class Run:
     def emit(self, event: Event) -> None:
         """Tell every listener."""
         for listener in self.listeners:
-            listener(event)
+            with heard():
+                listener(event)
 
     def cost(self) -> Cost:
         """Return what the run costs at most."""
@@ -76,7 +78,8 @@ class Run:
             name: self.config.model_wise_edit(name) if name in self.own else DROP
             for name in self.combiner.adapters
         }
-        self.plan = self.combiner.plan(edits, prune_scope=self.config.prune_scope)
+        with heard():
+            self.plan = self.combiner.plan(edits, prune_scope=self.config.prune_scope)
         self.emit(
             MergeStarted(
                 tuple(self.combiner.adapters),
@@ -122,11 +125,13 @@ class Run:
         for name in self.own:
             if self.config.search == "optuna" and self.config.density == "search":
                 # It asks for few densities at a time; one pass over the deltas cuts for all.
-                self.combiner.prepare(name, GRID, self.config.prune_scope)
+                with heard():
+                    self.combiner.prepare(name, GRID, self.config.prune_scope)
 
             def value(edits: Sequence[Edit], name: str = name) -> list[float]:
                 densities = [edit.density for edit in edits]
-                self.combiner.prepare(name, densities, self.config.prune_scope)
+                with heard():
+                    self.combiner.prepare(name, densities, self.config.prune_scope)
                 plans = [self.plan.with_adapter(name, edit) for edit in edits]
                 if own_only:
                     scored = engine.score_many([(name, plan.solo(name)) for plan in plans])

@@ -40,10 +40,10 @@ def spread(
     if workers <= 1:
         yield from map(work, items)
         return
-    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(workers, "himerge")
     waiting: deque[Future[Result]] = deque()
     try:
+        torch.set_num_threads(1)
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > workers:
@@ -62,8 +62,8 @@ def one_core() -> Iterator[None]:
     The former number is put back at the end.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)

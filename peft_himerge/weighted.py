@@ -21,6 +21,7 @@ from .adapters import check_config, check_model
 from .byhi import HI, merge_by_hi
 from .carried import FIELDS
 from .errors import AdapterError, ConfigError, suggest
+from .interrupts import held
 from .lowrank import LowRank, low_rank_of_product
 from .merged import AdapterMerge
 from .merging import run, scored
@@ -307,6 +308,7 @@ def _singular(part: LowRank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return part.b / part.b.norm(dim=0), part.a / part.a.norm(dim=1)[:, None], sizes
 
 
+@held()
 def _as_peft_does(
     model: PeftModel, adapter_name: str, own: Callable[[str], None], seed: int
 ) -> None:

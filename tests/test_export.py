@@ -626,10 +626,7 @@ def test_save_merged_interrupted_leaves_no_half_written_file(
     with pytest.raises(KeyboardInterrupt):
         result.save_merged(tmp_path / "base", tmp_path / "out")
     assert len(calls) == 5
-    left = list((tmp_path / "out").iterdir())
-    assert not [p for p in left if p.name.endswith(".tmp") or p.name.startswith(".")]
-    for shard in (tmp_path / "out").glob("*.safetensors"):
-        load_file(shard)  # whole
+    assert not (tmp_path / "out").exists()
 
 
 def test_save_merged_knows_a_base_saved_without_its_prefix(tmp_path: Path) -> None:

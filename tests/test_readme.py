@@ -62,7 +62,7 @@ FUNCTIONS = {
     for f in (
         *(peft_himerge.merge_adapters_hi, peft_himerge.merge_adapters, peft_himerge.merge_folders),
         *(peft_himerge.add_weighted_adapter, peft_himerge.apply_plan, peft_himerge.score_plans),
-        peft_himerge.focus_adapters,
+        *(peft_himerge.densify, peft_himerge.focus_adapters),
     )
 }
 

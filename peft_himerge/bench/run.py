@@ -26,6 +26,7 @@ from ..hi import merge_adapters_hi, score_plans
 from ..identity import adapter_digest, base_digest
 from ..json_file import read_object
 from ..methods.registry import get_method
+from ..outputs import owning
 from ..plan import IDENTITY, MergePlan
 from ..probe import Probe, preserved
 from ..request import prepare
@@ -148,12 +149,16 @@ def run_loaded(
         contenders: names of `LINEUP`; all by default.
         options: sizes and budget.
         say: gets a line per cell.
+
+    Raises:
+        OutputError: `out` is in use by another process, or cannot be written.
     """
     bench = _Bench(model, tasks, Path(out) / "cells", options or Options(), say)
-    for setting in settings:
-        bench.references(tuple(setting), "+".join(setting) in model.peft_config)
-        for contender in choose(contenders, len(setting)):
-            bench.contest(tuple(setting), contender)
+    with owning(out):
+        for setting in settings:
+            bench.references(tuple(setting), "+".join(setting) in model.peft_config)
+            for contender in choose(contenders, len(setting)):
+                bench.contest(tuple(setting), contender)
     return bench.cells
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_himerge.errors import HiMergeError, MissingExtraError
+from peft_himerge.outputs import owning, publishing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,19 +88,10 @@ def _converted_base() -> Path:
     if (target / "config.json").is_file():
         return target
     package = _import_package()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and then renamed, so that a killed start never leaves half a model.
-    scratch = Path(tempfile.mkdtemp(prefix=f"{_CACHE_ENTRY}.", dir=target.parent))
-    try:
-        _convert(package, scratch)
-        try:
-            scratch.rename(target)
-        except OSError:
-            # Another process was faster; its result holds the same bits.
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with owning(target, wait=True):  # another process may be at it
+        if not (target / "config.json").is_file():
+            with publishing(target) as new:
+                _convert(package, new)
     return target
 
 
@@ -124,7 +115,7 @@ def _convert(package: Any, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("converting Gemma-3-270M to a plain float32 checkpoint (once)")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as gguf_dir:
+    with tempfile.TemporaryDirectory(dir=folder) as gguf_dir:
         gguf = package.assemble(Path(gguf_dir) / package.MODEL_NAME)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, ConfigError, suggest
 from ..factors import Adapter, Kind, LoraFactors
+from ..files import replacing
 from .check import whole
 from .stack import Stack
 
@@ -125,7 +126,7 @@ class ReversibleBank:
         return Adapter(name, {path: self.modules[path].rebuild(name) for path in held})
 
     def save(self, path: str | Path) -> None:
-        """Write the bank to one safetensors file."""
+        """Write the bank to one safetensors file, which is absent, as it was, or whole."""
         tensors, layout = {}, {}
         for module, held in self.modules.items():
             for side in ("b", "a"):
@@ -134,7 +135,8 @@ class ReversibleBank:
                     tensors[f"{module}|{side}|{part}"] = getattr(positions, part).contiguous()
             layout[module] = {k: v for k, v in asdict(_bare(held)).items() if k not in ("b", "a")}
         head = {"format": _FORMAT, "names": json.dumps(self.names), "modules": json.dumps(layout)}
-        save_file(tensors, str(path), metadata=head)
+        with replacing(Path(path)) as beside:
+            save_file(tensors, str(beside), metadata=head)
 
     @classmethod
     def load(cls, path: str | Path) -> ReversibleBank:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..folders import load_peft_model
 from ..hi import merge_adapters_hi
 from ..merging import AdapterMerge, merge_adapters
 from ..offline import FolderMerge, merge_folders
+from ..outputs import owning
 from ..processes import is_main
 from ..report import markdown_table
 from ..result import MergeResult, save_page
@@ -64,6 +66,7 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
 
     Raises:
         RecipeError: `examine` found faults; nothing was loaded or written.
+        OutputError: `out` is in use by another process, or cannot be written.
         BudgetError: the merge took longer than budget.seconds.
         HiMergeError: the merge failed; see `merge_adapters_hi` and `merge_adapters`.
     """
@@ -71,14 +74,24 @@ def run_recipe(examined: Examined, listeners: Sequence[Listener] = ()) -> Merged
     if examined.faults:
         raise RecipeError(recipe.file, examined.faults)
     if recipe.tracking.to == "none":
-        return _run(examined, listeners)
+        return _owned(examined, listeners)
     with _wandb(recipe) as tracker:
-        return _run(examined, [*listeners, tracker])
+        return _owned(examined, [*listeners, tracker])
 
 
-def _run(examined: Examined, listeners: Sequence[Listener]) -> Merged:
+def _owned(examined: Examined, listeners: Sequence[Listener]) -> Merged:
+    out = examined.recipe.place(examined.recipe.out)
+    with owning(out) if is_main() else nullcontext():
+        merged = _run(examined, out, listeners)
+    # Who takes the folder away as it is must not find the lock in it.
+    if is_main() and isinstance(merged.result, MergeResult):
+        for listener in listeners:
+            listener(AdapterSaved(out, merged.result.plan))
+    return merged
+
+
+def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged:
     recipe = examined.recipe
-    out = recipe.place(recipe.out)
     if recipe.is_hi and not recipe.is_scored:
         config = hi_config(recipe)
         done: Any = merge_folders(recipe.folders, out, config=config, adapter_name=recipe.name)
@@ -93,9 +106,6 @@ def _run(examined: Examined, listeners: Sequence[Listener]) -> Merged:
     if examined.test:
         test = score_test(model, list(recipe.adapters), recipe.name, examined.test, listeners)
     _keep(recipe, out, test)
-    if isinstance(done, MergeResult):
-        for listener in listeners:
-            listener(AdapterSaved(out, done.plan))
     return Merged(out, done, test)
 
 
