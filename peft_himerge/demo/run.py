@@ -34,15 +34,10 @@ from peft_himerge.tables import print_conflicts
 
 __all__ = ["CONFIG", "PAPER", "run"]
 
-# Smooth scores for the analysis; density and scale chosen on the merged model; a layer's repair is
-# the best of the paper's and of milder and stronger ones, if the mean score does not fall.
-CONFIG = HiMergeConfig(
-    metric="log_likelihood",
-    search_target="merged",
-    accept="best",
-)
+# Smooth scores; density, scale and every layer's repair are decided on the merged model.
+CONFIG = HiMergeConfig(metric="probability", variant="joint")
 # The paper's own rule: density and scale on each adapter's own task, every edit kept.
-PAPER = HiMergeConfig(metric="log_likelihood")
+PAPER = HiMergeConfig(metric="log_likelihood", variant="paper")
 _NAMES = {
     "base": "base model",
     "en": "en alone",
