@@ -386,8 +386,9 @@ def test_hi_by_name_is_the_merge_of_its_own_door(tmp_path: Path) -> None:
         if ".merged." in name:
             assert torch.equal(weight, model.get_parameter(name.replace(".merged.", ".own.")))
     report = json.loads((result.save(tmp_path / "out") / "report.json").read_text())
-    assert report["fitted"]["plan"] == want.plan.to_dict()
-    assert set(report["sources"]) == set(PAIR)
+    assert report["plan"] == want.plan.to_dict()  # Hi-Merging's whole report, and its plan
+    assert set(report["plan"]["sources"]) == set(PAIR)
+    assert MergePlan.from_json(tmp_path / "out" / "plan.json") == want.plan
 
 
 def test_hi_takes_over_a_name_and_what_was_there_stays_if_it_fails() -> None:
@@ -405,7 +406,8 @@ def test_hi_takes_over_a_name_and_what_was_there_stays_if_it_fails() -> None:
     assert got.hi.adapter_name == got.adapter_name == "en"
     for record in want.modules:
         assert torch.equal(got.delta(record.module), want.delta(record.module))
-    assert got.to_dict()["sources"] == want.to_dict()["sources"]
+    assert got.to_dict()["plan"]["sources"] == want.to_dict()["plan"]["sources"]
+    assert set(got.to_dict()["plan"]["sources"]) == set(PAIR)
 
 
 def test_deltas_alone_are_scored_so_saved_modules_are_refused() -> None:
