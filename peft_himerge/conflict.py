@@ -9,7 +9,8 @@ Layers are taken in descending Gamma (the sum of gamma over tasks):
 
 Source: Hi-Merging (arXiv 2506.12379), conflict elimination. "Offending" are the adapters that do
 not lose themselves while another loses ("degrader"); secondary sources also read it the other way
-round ("degraded"). Floats and strings only: this room knows no tensor and no model.
+round ("degraded"). With ``accept="best"`` (ours) a layer of any kind may also be edited by degrees
+(`grades`). Floats and strings only: this room knows no tensor and no model.
 """
 
 from __future__ import annotations

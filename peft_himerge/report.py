@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .conflict import ConflictKind, Resolution
+from .conflict import Resolution
 from .plan import IDENTITY, Edit
 
 __all__ = ["conflict_record", "describe_edit", "markdown_table", "render_markdown", "score_rows"]
@@ -15,7 +15,7 @@ __all__ = ["conflict_record", "describe_edit", "markdown_table", "render_markdow
 def describe_edit(resolution: Resolution) -> str:
     """Return in a few words what was done about a conflict."""
     conflict = resolution.conflict
-    if conflict.kind is ConflictKind.MUTUAL or not resolution.edits:
+    if not resolution.edits:
         return "left alone"
     if conflict.winner and resolution.edits.get(conflict.winner) == IDENTITY:
         text = f"kept only {conflict.winner}"

@@ -154,3 +154,9 @@ def test_edits_by_degrees_are_said_in_words() -> None:
         (Edit(0.25, 0.5), "a: density 0.25, scale 0.5"),
     ):
         assert describe_edit(Resolution(conflict, {"a": edit}, accepted=True)) == words
+
+
+def test_a_layer_without_a_conflict_that_was_edited_all_the_same_says_so() -> None:
+    edits = {"en": Edit(1.0, 1.5), "zh": Edit(1.0, 0.0)}
+    assert describe_edit(resolution(ConflictKind.MUTUAL, edits)) == "en: scale 1.5, dropped zh"
+    assert describe_edit(resolution(ConflictKind.MUTUAL, {})) == "left alone"
