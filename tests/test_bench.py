@@ -24,13 +24,14 @@ from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.bench import own, run_bench
 from peft_himerge.bench.lineup import LINEUP, choose
 from peft_himerge.bench.run import Options
-from peft_himerge.bench.table import read_settings, render, summarise
+from peft_himerge.bench.table import Line, read_settings, render, summarise
+from peft_himerge.bench.tasks import load_tasks
 from peft_himerge.bench.train import train_tasks
 from peft_himerge.cli import app
 from peft_himerge.demo.loop import TrainSettings
 from peft_himerge.demo.questions import Splits
 from peft_himerge.errors import ConfigError
-from peft_himerge.evals import MultipleChoiceRow, load_rows, multiple_choice
+from peft_himerge.evals import MultipleChoiceRow, likelihood, load_rows, multiple_choice
 from peft_himerge.methods.registry import get_method
 
 ROWS, TEST = 6, 10
@@ -122,6 +123,20 @@ def test_states_are_what_plain_peft_scores(root: Path, done: Path) -> None:
         assert lines["base"].values[task][0] == pytest.approx(_accuracy(base, task, root))
     model = PeftModel.from_pretrained(base, str(root / "adapters" / "two"))
     assert lines["two"].values["one"][0] == pytest.approx(_accuracy(model.eval(), "one", root))
+
+
+def test_text_is_chosen_by_likelihood_and_judged_by_what_is_written(root: Path) -> None:
+    tokenizer, model = bytewise.tokenizer(), bytewise.llama()
+    sizes = {"rows": ROWS, "test_rows": TEST, "max_new_tokens": 4}
+    smooth = load_tasks(root / "data", ["text"], tokenizer, **sizes)["text"]
+    rows = load_rows(root / "data" / "text", "likelihood", split="validation", limit=ROWS)
+    by_hand = likelihood(rows, tokenizer, max_references=1, with_end=True)(model)
+    chosen_by = smooth.validation(model)[smooth.guide]
+    torch.testing.assert_close(chosen_by, by_hand["probability"])
+    measured = load_tasks(root / "data", ["text"], tokenizer, guide="measure", **sizes)["text"]
+    assert (measured.guide, smooth.measure) == ("text_match", "text_match")
+    assert len(measured.validation(model)["text_match"]) == ROWS
+    assert smooth.test(model)["text_match"] == measured.test(model)["text_match"]
 
 
 def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) -> None:
@@ -229,6 +244,16 @@ def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
     assert lines["a"].kept == pytest.approx((1.0 + 0.2) / 2)
     assert lines["a+b"].title == "trained on the mixed data"
     assert lines["ties"].rank == 1.0
+
+
+def test_average_ranks_are_among_those_of_every_setting() -> None:
+    def line(name: str, mean: float) -> Line:
+        return Line(name, name, {"t": (mean, None)}, mean, 1.0, rank=9.0)
+
+    first = [line("ties", 0.5), line("average", 0.6), line("wudi", 0.7), line("widen", 0.55)]
+    found = summarise({"a": first, "b": [line("ties", 0.5), line("average", 0.4)]})
+    assert {s.title: s.rank for s in found} == {"ties": 1.5, "average": 1.5}
+    assert {s.title: s.mean for s in found} == pytest.approx({"ties": 0.5, "average": 0.5})
 
 
 def test_command_line_makes_the_same_cells_and_a_table(root: Path, done: Path) -> None:

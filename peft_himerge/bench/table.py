@@ -130,12 +130,16 @@ def _ranked(lines: Sequence[Line]) -> list[Line]:
 
 
 def summarise(settings: Mapping[str, Sequence[Line]]) -> list[Summary]:
-    """Return every contender that took part in all settings, best average rank first."""
+    """Return every contender that took part in all settings, best average rank first.
+
+    Ranks are among those alone: a place in a larger field of one setting would not compare.
+    """
+    ranked = {name: [x for x in lines if x.rank is not None] for name, lines in settings.items()}
+    common = set.intersection(*({x.name for x in lines} for lines in ranked.values()))
     rows: dict[str, list[Line]] = {}
-    for lines in settings.values():
-        for line in lines:
-            if line.rank is not None:
-                rows.setdefault(line.title, []).append(line)
+    for lines in ranked.values():
+        for line in _ranked([x for x in lines if x.name in common]):
+            rows.setdefault(line.title, []).append(line)
     found = [
         Summary(
             title,
@@ -145,7 +149,6 @@ def summarise(settings: Mapping[str, Sequence[Line]]) -> list[Summary]:
             rank=_average(line.rank or 0.0 for line in lines),
         )
         for title, lines in rows.items()
-        if len(lines) == len(settings)
     ]
     return sorted(found, key=lambda s: (s.rank, -s.kept, s.title))
 

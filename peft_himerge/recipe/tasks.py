@@ -62,6 +62,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "generation": Kind(
             evals.generation, ("rougeL", "rougeL", "bleu", "rouge1", "rouge2", "corpus_bleu")
         ),
+        "likelihood": Kind(evals.likelihood, ("probability", "log_likelihood")),
         "perplexity": Kind(evals.perplexity, ("log_likelihood", "log_likelihood", "perplexity")),
         "sequence_classification": Kind(evals.sequence_classification, _CLASSES),
         "token_classification": Kind(evals.token_classification, _CLASSES),
