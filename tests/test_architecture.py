@@ -184,7 +184,7 @@ ROOMS: dict[str, set[str]] = {
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "focus", "hi"),
         *("identity", "json_file", "methods", "outputs", "plan", "probe", "request", "result"),
-        *("folders", "scoring", "trials"),
+        *("conflict", "contribution", "folders", "scoring", "trials"),
     },
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
@@ -249,6 +249,7 @@ MODELS = {
 DOORS: dict[str, set[str]] = {
     "torch": set(ROOMS) - NO_TORCH,
     "numpy": {
+        "bench",
         "evals",
         "identity",
         "journal",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.bench import own, run_bench
-from peft_himerge.bench.lineup import LINEUP, choose
+from peft_himerge.bench.lineup import ABLATIONS, LINEUP, choose
 from peft_himerge.bench.run import Options
 from peft_himerge.bench.table import Line, read_settings, render, summarise
 from peft_himerge.bench.tasks import load_tasks
@@ -335,6 +336,56 @@ def test_every_contender_of_the_lineup_is_there_once_and_its_options_exist() -> 
             get_method(contender.method).check(contender.choices)
     assert "slerp" not in [c.name for c in choose((), 3)]
     assert [c.name for c in choose(("ties", "average"), 2)] == ["average", "ties"]
+    with pytest.raises(ConfigError, match=r"'hi_model_wize'.*Did you mean 'hi_model_wise'"):
+        choose(("hi_model_wize",), 2)
+
+
+def test_ablations_change_options_of_one_variant_and_are_run_when_named() -> None:
+    assert choose(("ablations",), 2) == ABLATIONS
+    assert [c.name for c in choose(("hi_two_se", "ties"), 2)] == ["ties", "hi_two_se"]
+    assert choose((), 2) == LINEUP
+    whole = {c.hi.model_dump_json() for c in LINEUP if c.hi}
+    made = [c.hi.model_dump_json() for c in ABLATIONS if c.hi]
+    assert len({*made, *whole}) == len(ABLATIONS) + len(whole)
+
+
+def test_ablations_have_a_table_of_their_own_and_no_rank(root: Path, tmp_path: Path) -> None:
+    names = ("plain_sum", "hi_paper", "hi_model_wise", "hi_layer_wise")
+    cells, _ = bench(root, tmp_path, [["one", "two"]], contenders=names)
+    lines = {line.name: line for line in read_settings(cells)["one+two"]}
+    assert {n for n, line in lines.items() if line.rank is not None} == {"plain_sum", "hi_paper"}
+    place = cells / "merges" / "one+two"
+    found = {n: json.loads((place / f"{n}.json").read_text())["chosen"] for n in names[2:]}
+    assert found["hi_model_wise"]["layers_edited"] == 0
+    whole = {"density": 1.0, "scale": 1.0}
+    assert found["hi_layer_wise"]["adapters"] == {"one": whole, "two": whole}
+    first, second = render(cells).split("**one+two: one option changed**")
+    assert "model-wise only" in second
+    assert "| Hi-Merging, as published |" in second
+    assert "model-wise only" not in first
+    assert "plain sum" not in second
+
+
+def test_script_says_how_stable_the_analysis_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Path(__file__).parents[1] / "examples" / "bench" / "stability.py"
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    out = tmp_path / "found.json"
+    sizes = ["--rows=16", "--draws=2", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", [str(script), "one", "two", *folders, *sizes])
+    runpy.run_path(str(script), run_name="__main__")
+    told = json.loads(out.read_text())
+    assert (told["setting"], told["rows"], set(told["stability"])) == (
+        "one+two",
+        16,
+        {"0.0", "2se"},
+    )
+    for rows in told["stability"].values():
+        assert [(r["metric"], r["rows"]) for r in rows] == [
+            (metric, 8) for metric in ("accuracy", "probability", "log_likelihood")
+        ]
+        assert all(0 <= r["kinds"] <= 1 and -1 <= r["order"] <= 1 for r in rows)
 
 
 def _train(root: Path, out: Path, *more: str) -> dict[str, Any]:

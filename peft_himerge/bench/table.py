@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .lineup import LINEUP
+from .lineup import ABLATIONS, LINEUP, Contender
 
 __all__ = ["Line", "Summary", "read_settings", "render", "summarise"]
 
@@ -27,8 +27,9 @@ class Line:
         kept: mean share of what each adapter wins alone on its own task that is left; NaN if one
             wins nothing.
         rank: place among the contenders by `mean`, 1 is best, equal means share the mean of their
-            places; None for a state that is no contender.
+            places; None for a state, and for an ablation.
         scores: scores on validation rows it took to choose; None for a state.
+        ablation: it is one of `ABLATIONS`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Line:
     kept: float
     rank: float | None = None
     scores: int | None = None
+    ablation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Summary:
 
 
 def read_settings(cells: str | Path) -> dict[str, list[Line]]:
-    """Return setting -> lines: base, adapters alone, mixed, then contenders in the lineup's order.
+    """Return setting -> lines: base, adapters alone, mixed, contenders as in the lineup, ablations.
 
     Raises:
         ConfigError: there are no cells.
@@ -77,18 +79,27 @@ def _setting(states: Path, folder: Path) -> list[Line]:
         if values is not None:
             lines.append(_line(name, titles.get(name, f"{name} alone"), values, base, gains))
     contenders = []
-    for contender in LINEUP:
-        path = folder / f"{contender.name}.json"
-        if not path.is_file():
-            continue
-        cell = json.loads(path.read_text(encoding="utf-8"))
+    for contender, cell in _merges(folder, LINEUP):
         row = _line(contender.name, contender.title, _pairs(cell["test"], tasks), base, gains, cell)
         contenders.append(row)
         if "test_exported" in cell:
             pairs = _pairs(cell["test_exported"], tasks)
             title = f"{contender.title}, LoRA of rank {cell['rank']}"
             lines.append(_line(f"{contender.name}_exported", title, pairs, base, gains))
-    return [*lines, *_ranked(contenders)]
+    ablations = [
+        replace(_line(c.name, c.title, _pairs(m["test"], tasks), base, gains, m), ablation=True)
+        for c, m in _merges(folder, ABLATIONS)
+    ]
+    return [*lines, *_ranked(contenders), *ablations]
+
+
+def _merges(
+    folder: Path, contenders: Sequence[Contender]
+) -> Iterator[tuple[Contender, dict[str, Any]]]:
+    for contender in contenders:
+        path = folder / f"{contender.name}.json"
+        if path.is_file():
+            yield contender, json.loads(path.read_text(encoding="utf-8"))
 
 
 def _state(folder: Path, tasks: Sequence[str]) -> dict[str, tuple[float, float | None]] | None:
@@ -123,9 +134,7 @@ def _ranked(lines: Sequence[Line]) -> list[Line]:
         above = sum(other.mean > line.mean for other in lines)
         equal = sum(other.mean == line.mean for other in lines)
         place = above + (equal + 1) / 2
-        ranked.append(
-            Line(line.name, line.title, line.values, line.mean, line.kept, place, line.scores)
-        )
+        ranked.append(replace(line, rank=place))
     return ranked
 
 
@@ -171,10 +180,16 @@ def render(cells: str | Path) -> str:
     for name, lines in settings.items():
         tasks = list(lines[0].values)
         header = ["state", *tasks, "mean", "gain kept", "rank", "scores"]
-        parts.append(f"**{name}**\n\n" + _markdown(header, [_cells(line) for line in lines]))
+        rows = [_cells(line) for line in lines if not line.ablation]
+        parts.append(f"**{name}**\n\n" + _markdown(header, rows))
+        if any(line.ablation for line in lines):
+            header = ["Hi-Merging", *tasks, "mean", "gain kept", "rank", "scores"]
+            rows = [_cells(line) for line in lines if line.ablation or line.name in _WHOLE]
+            parts.append(f"**{name}: one option changed**\n\n" + _markdown(header, rows))
     return "\n\n".join(parts) + "\n"
 
 
+_WHOLE = ("hi_paper", "hi_joint")  # what the ablations change
 _SUMMARY = ["method", "mean", "gain kept", "average rank"]
 
 
