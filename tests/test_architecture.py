@@ -162,7 +162,7 @@ ROOMS: dict[str, set[str]] = {
     "recipe": {
         *("adapters", "batches", "budget", "carried", "config", "errors", "evals", "events"),
         *("factors", "files", "folders", "hi", "json_file", "merging", "methods", "names"),
-        *("offline", "outputs", "preview", "probe"),
+        *("export", "focus", "offline", "outputs", "preview", "probe"),
         *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
     },
     # floor 9: front doors
