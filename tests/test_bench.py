@@ -366,6 +366,20 @@ def test_ablations_have_a_table_of_their_own_and_no_rank(root: Path, tmp_path: P
     assert "plain sum" not in second
 
 
+def test_quick_is_a_small_run_of_everybody(root: Path, tmp_path: Path) -> None:
+    folders = [f"--{name}={root / name}" for name in ("base", "adapters", "data")]
+    command = ["bench", f"--out={tmp_path}", *folders, "--setting=one+two", "--quick"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    ranked = [x.name for x in read_settings(tmp_path / "cells")["one+two"] if x.rank is not None]
+    assert ranked == [contender.name for contender in LINEUP]
+    for path in (tmp_path / "cells" / "merges").rglob("*.json"):
+        cell = json.loads(path.read_text())
+        sizes = {name: cell["options"][name] for name in ("rows", "test_rows", "budget")}
+        assert sizes == {"rows": 16, "test_rows": 32, "budget": 8}
+        assert cell["scores_computed"] <= 8 or path.stem.startswith("hi_")
+
+
 def test_script_says_how_stable_the_analysis_is(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
