@@ -25,7 +25,7 @@ from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.bench import own, run_bench
 from peft_himerge.bench.lineup import ABLATIONS, LINEUP, choose
 from peft_himerge.bench.run import Options
-from peft_himerge.bench.table import Line, read_settings, render, summarise
+from peft_himerge.bench.table import Line, overview, read_settings, render, summarise
 from peft_himerge.bench.tasks import load_tasks
 from peft_himerge.bench.train import train_tasks
 from peft_himerge.cli import app
@@ -225,7 +225,11 @@ def test_tables_hold_ranks_shares_and_all_settings(done: Path) -> None:
     assert best.rank == min(s.rank for s in summarise(settings))
     text = render(done)
     assert text.startswith("**All 2 settings**")
-    assert f"| {best.title} | {best.mean:.3f} |" in text
+    first, second = (x.mean for n in settings for x in settings[n] if x.title == best.title)
+    row = f"| {best.title} | {first:.3f} | {second:.3f} | {best.kept:.0%} | {best.rank:.1f} |"
+    assert row in text
+    own = [line.values[line.name][0] for line in settings["one+two"] if line.name in ("one", "two")]
+    assert f"| each adapter alone, on its own task | {sum(own) / 2:.3f} |" in text
     assert "Hi-Merging, careful, LoRA of rank" in text
 
 
@@ -245,6 +249,12 @@ def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
     assert lines["a"].kept == pytest.approx((1.0 + 0.2) / 2)
     assert lines["a+b"].title == "trained on the mixed data"
     assert lines["ties"].rank == 1.0
+    assert overview(tmp_path) == ""
+    cell("merges/b+a/average.json", a=0.4, b=0.4)
+    table = overview(tmp_path).splitlines()
+    assert "| trained on the mixed data | 0.600 |  |  |  |" in table
+    assert "| TIES | 0.500 |  |  |  |" in table
+    assert "| average |  | 0.400 |  |  |" in table
 
 
 def test_average_ranks_are_among_those_of_every_setting() -> None:

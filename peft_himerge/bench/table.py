@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 from .lineup import ABLATIONS, LINEUP, Contender
 
-__all__ = ["Line", "Summary", "read_settings", "render", "summarise"]
+__all__ = ["Line", "Summary", "details", "overview", "read_settings", "render", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _setting(states: Path, folder: Path) -> list[Line]:
     if base is None or any(known[task] is None for task in tasks):
         raise ConfigError(f"setting {folder.name!r} has no cells of its states yet.")
     gains = {t: (known[t] or {})[t][0] - base[t][0] for t in tasks}
-    titles = {"base": "base model", folder.name: "trained on the mixed data"}
+    titles = {"base": "base model", folder.name: _MIXED}
     lines = []
     for name, values in known.items():
         if values is not None:
@@ -168,16 +168,41 @@ def _average(values: Iterable[float]) -> float:
 
 
 def render(cells: str | Path) -> str:
-    """Return all tables as markdown: the summary first, then one per setting."""
+    """Return all tables as markdown: the overview of several settings first, then each setting."""
+    return "\n\n".join(part for part in (overview(cells), details(cells)) if part)
+
+
+def overview(cells: str | Path) -> str:
+    """Return one table of several settings as markdown; "" for a single setting.
+
+    Every cell is the mean over the setting's tasks. "gain kept" and "average rank" are over all
+    settings, for contenders that took part in all of them, ranked among those.
+    """
     settings = read_settings(cells)
+    if len(settings) < 2:
+        return ""
+    places = {s.title: [f"{s.kept:.0%}", f"{s.rank:.1f}"] for s in summarise(settings)}
+    means: dict[str, dict[str, float]] = {"base model": {}, _ALONE: {}, _MIXED: {}}
+    for setting, lines in settings.items():
+        tasks = list(lines[0].values)
+        alone = {line.name: line.values[line.name][0] for line in lines if line.name in tasks}
+        means[_ALONE][setting] = _average(alone.values())
+        for line in lines:
+            if line.rank is not None or line.title in means:
+                means.setdefault(line.title, {})[setting] = line.mean
+    rows = []
+    for title in [*list(means)[:3], *places, *(t for t in list(means)[3:] if t not in places)]:
+        found = [f"{means[title][s]:.3f}" if s in means[title] else "" for s in settings]
+        if any(found):
+            rows.append([title, *found, *places.get(title, ["", ""])])
+    header = ["mean over the tasks", *settings, "gain kept", "average rank"]
+    return f"**All {len(settings)} settings**\n\n{_markdown(header, rows)}\n"
+
+
+def details(cells: str | Path) -> str:
+    """Return a table per setting as markdown, and one of its ablations if there are any."""
     parts = []
-    if len(settings) > 1:
-        rows = [
-            [s.title, f"{s.mean:.3f}", f"{s.kept:.0%}", f"{s.rank:.1f}"]
-            for s in summarise(settings)
-        ]
-        parts.append(f"**All {len(settings)} settings**\n\n" + _markdown(_SUMMARY, rows))
-    for name, lines in settings.items():
+    for name, lines in read_settings(cells).items():
         tasks = list(lines[0].values)
         header = ["state", *tasks, "mean", "gain kept", "rank", "scores"]
         rows = [_cells(line) for line in lines if not line.ablation]
@@ -190,7 +215,7 @@ def render(cells: str | Path) -> str:
 
 
 _WHOLE = ("hi_paper", "hi_joint")  # what the ablations change
-_SUMMARY = ["method", "mean", "gain kept", "average rank"]
+_ALONE, _MIXED = "each adapter alone, on its own task", "trained on the mixed data"
 
 
 def _cells(line: Line) -> list[str]:
