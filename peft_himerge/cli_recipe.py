@@ -240,8 +240,7 @@ def sweep_recipe(
             f"a sweep needs scores, but no validation data decides the merge of {str(path)!r}."
         )
     begun = start(examined)
-    options = begun.config.model_dump(exclude_defaults=True)
-    return options, begun.model, begun.sources(recipe.folders), begun.eval_fns
+    return dict(begun.options), begun.model, begun.sources(recipe.folders), begun.eval_fns
 
 
 def validate(

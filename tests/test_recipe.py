@@ -31,6 +31,7 @@ from peft_himerge import (
     merge_adapters_hi,
 )
 from peft_himerge.cli import app, main
+from peft_himerge.cli_recipe import sweep_recipe
 from peft_himerge.errors import BudgetError, ConfigError
 from peft_himerge.evals import ClassificationRow, load_rows, multiple_choice
 from peft_himerge.folders import load_peft_model
@@ -930,6 +931,29 @@ def test_warnings_are_shown_and_markup_in_names_does_no_harm(
     shown = CliRunner().invoke(app, ["validate", str(RECIPES / name), *flags[:-2]])
     assert shown.exit_code == 0
     assert "warning" in shown.output
+
+
+def test_a_sweep_starts_from_what_a_recipe_says_and_nothing_else(
+    shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name = shop("focused.yaml"), "focused.yaml"
+    more = ["options={variant: joint, search_target: own, scale: {en: 0.5, zh: 1.0}, "]
+    more[0] += "density: {en: 1.0, zh: 0.5}}"
+    told = read_recipe(RECIPES / name, [*workshop.pointed(root, name), *more])
+    (tmp_path / name).write_text(
+        yaml.safe_dump(told.model_dump(exclude_defaults=True)), encoding="utf-8"
+    )
+    options, model, folders, eval_fns = sweep_recipe(tmp_path / name, None, None)
+    assert options == {
+        "variant": "joint",
+        "search_target": "own",
+        "scale": {"en_focused": 0.5, "zh_focused": 1.0},
+        "density": {"en_focused": 1.0, "zh_focused": 0.5},
+        "rank": "auto",
+        "metric": {"en_focused": "probability", "zh_focused": "probability"},
+    }
+    assert set(eval_fns) == set(folders) == {"en_focused", "zh_focused"}
+    assert set(model.peft_config) == {"en", "zh", *eval_fns}
 
 
 def test_a_sweep_varies_the_options_of_a_recipe(

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from .. import files
 from ..budget import Budget
+from ..config import HiMergeConfig
 from ..events import AdapterSaved, Listener
 from ..hi import merge_adapters_hi
 from ..merging import AdapterMerge, merge_adapters
@@ -122,7 +123,7 @@ def _merge_hi(examined: Examined, out: Path, listeners: Sequence[Listener]) -> M
         list(begun.names.values()),
         begun.eval_fns,
         adapter_name=recipe.name,
-        config=begun.config,
+        config=HiMergeConfig(**begun.options),
         callbacks=callbacks,
         journal=None if recipe.journal is None else recipe.place(recipe.journal),
     )

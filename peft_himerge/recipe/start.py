@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..config import HiMergeConfig
 from ..errors import ConfigError
 from ..export import write_adapter
 from ..focus import focus_adapters
 from ..folders import load_peft_model
 from ..outputs import publishing
 from .examine import Examined
-from .tasks import hi_config
+from .tasks import hi_options
 
 __all__ = ["Start", "load_model", "start"]
 
@@ -32,13 +31,13 @@ class Start:
         model: holds the adapters.
         names: adapter of the recipe -> the adapter that is merged.
         eval_fns: adapter that is merged, or guard task -> eval function.
-        config: the options, which go by the names of what is merged.
+        options: those of `HiMergeConfig` that the recipe gives, by the names of what is merged.
     """
 
     model: PeftModel
     names: Mapping[str, str]
     eval_fns: Mapping[str, Callable[[Any], Any]]
-    config: HiMergeConfig
+    options: Mapping[str, Any]
 
     def sources(self, folders: Mapping[str, Path]) -> dict[str, Path]:
         """Return adapter that is merged -> the folder it comes from."""
@@ -78,14 +77,14 @@ def start(examined: Examined) -> Start:
         inputs = {name: examined.inputs[name].batches for name in names}
         names = focus_adapters(model, list(names), inputs)
     eval_fns = {names.get(name, name): task.fn for name, task in examined.validation.items()}
-    return Start(model, names, eval_fns, _named(hi_config(recipe), names))
+    return Start(model, names, eval_fns, _named(hi_options(recipe), names))
 
 
-def _named(config: HiMergeConfig, names: Mapping[str, str]) -> HiMergeConfig:
-    """Return the options that go by adapter under the names of what is merged."""
-    by_name = {
+def _named(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return options with what goes by adapter under the names of what is merged."""
+    return {
         option: {names.get(name, name): one for name, one in value.items()}
-        for option in ("density", "scale", "metric")
-        if isinstance(value := getattr(config, option), Mapping)
+        if isinstance(value, Mapping)
+        else value
+        for option, value in options.items()
     }
-    return config.model_copy(update=by_name)

@@ -24,6 +24,7 @@ __all__ = [
     "Scored",
     "build_task",
     "hi_config",
+    "hi_options",
     "metric_of",
     "options_of",
     "rows_of",
@@ -95,11 +96,16 @@ def metric_of(spec: TaskSpec, *, test: bool = False) -> str | None:
     return spec.metric or (known[0] if known else None)
 
 
-def hi_config(recipe: Recipe) -> HiMergeConfig:
-    """Return the options of a recipe for Hi-Merging."""
+def hi_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe for Hi-Merging, as far as it gives them."""
     scored = {name: metric_of(task) for name, task in recipe.tasks.items() if task.validation}
     metric = {name: found for name, found in scored.items() if found is not None}
-    return HiMergeConfig(**recipe.options, rank=recipe.rank, metric=metric or None)
+    return {**recipe.options, "rank": recipe.rank, "metric": metric or None}
+
+
+def hi_config(recipe: Recipe) -> HiMergeConfig:
+    """Return the options of a recipe for Hi-Merging, with everything it leaves out."""
+    return HiMergeConfig(**hi_options(recipe))
 
 
 @dataclass(frozen=True, slots=True)
