@@ -26,9 +26,9 @@ class HiMergeConfig(BaseModel):
     """Options of `merge_adapters_hi`; frozen.
 
     Attributes:
-        variant: where `search_target` and `accept` come from if they are not given: "paper" is
-            Hi-Merging as published; "joint" (ours) decides everything by the mean score of the
-            merged model: densities and scales, and then, layer by layer, what repairs it.
+        variant: where `search_target` and `accept` come from if they are not given: "joint" (ours,
+            default) decides everything by the mean score of the merged model: densities and
+            scales, and then, layer by layer, what repairs it; "paper" is Hi-Merging as published.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
         scale: factor s on what was kept, in [0, 10,000]: one number, one per adapter, or "search".
@@ -42,15 +42,15 @@ class HiMergeConfig(BaseModel):
         search_budget: most points per adapter that search="optuna" scores, each once on the task
             or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
-            over all tasks of the "merged" model, one adapter after the other; then scales of 1.25
-            and 1.5 are tried too, for an adapter that the others drown.
+            over all tasks of the "merged" model (default), one adapter after the other; then
+            scales of 1.25 and 1.5 are tried too, for an adapter that the others drown.
         reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
             merged contribution again with the edits made so far.
         accept: "always" keeps every edit (paper); "no_regression" keeps an edit only if the mean
-            score over all tasks, guard tasks included, does not fall; "best" (ours) also tries
-            milder and stronger scales of one adapter at a time, and keeps the best of all, if the
-            mean score does not fall. The last two are never worse than the model-wise merge on
-            the data the eval functions look at.
+            score over all tasks, guard tasks included, does not fall; "best" (ours, default) also
+            tries milder and stronger scales of one adapter at a time, and keeps the best of all,
+            if the mean score does not fall. The last two are never worse than the model-wise merge
+            on the data the eval functions look at.
         partial_target: who is pruned in a partial conflict: the "degrader", which loses nothing
             itself (default), or the "degraded", which loses.
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
@@ -78,7 +78,7 @@ class HiMergeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    variant: Literal["paper", "joint"] = "paper"
+    variant: Literal["paper", "joint"] = "joint"
     density: Density | dict[str, Density] | Literal["search"] = "search"
     scale: Scale | dict[str, Scale] | Literal["search"] = "search"
     layer_density: Density | None = None
@@ -86,9 +86,9 @@ class HiMergeConfig(BaseModel):
     prune_scope: Literal["model", "layer", "module"] = "model"
     search: Literal["coarse", "grid", "optuna"] = "coarse"
     search_budget: Annotated[int, Field(ge=1)] | None = None
-    search_target: Literal["own", "merged"] = "own"
+    search_target: Literal["own", "merged"] = "merged"
     reanalyze: Literal["once", "each"] = "once"
-    accept: Literal["always", "no_regression", "best"] = "always"
+    accept: Literal["always", "no_regression", "best"] = "best"
     partial_target: Literal["degrader", "degraded"] = "degrader"
     normalize: Literal["none", "gain"] = "none"
     tolerance: float | str = 0.0
