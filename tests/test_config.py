@@ -11,11 +11,12 @@ from peft_himerge import Edit, HiMergeConfig, HiMergeError
 from peft_himerge.errors import ConfigError
 
 
-def test_defaults_are_the_papers_reading() -> None:
+def test_defaults_are_the_papers_reading_decided_by_the_merged_model() -> None:
     config = HiMergeConfig()
+    assert config == HiMergeConfig(variant="joint")
     assert (config.density, config.scale) == ("search", "search")
     assert (config.layer_density, config.layer_scale) == (None, None)
-    assert (config.prune_scope, config.reanalyze, config.accept) == ("model", "once", "always")
+    assert (config.prune_scope, config.reanalyze, config.accept) == ("model", "once", "best")
     assert (config.partial_target, config.normalize) == ("degrader", "none")
     assert config.tolerance == 0.0
     assert config.searches()

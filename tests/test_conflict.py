@@ -11,7 +11,7 @@ from peft_himerge.conflict import GRADES, Conflict, ConflictKind, find, grades, 
 from peft_himerge.contribution import Contribution
 from peft_himerge.plan import DROP, IDENTITY
 
-PAPER = HiMergeConfig()
+PAPER = HiMergeConfig(variant="paper")
 
 
 def row(task: str, gamma: float, c_alone: float = 0.0, se: float | None = None) -> Contribution:

@@ -19,12 +19,13 @@ import pytest
 import tiny
 import torch
 from faults import DIED, child, failing_at, killed_after, killed_before, steps
+from paper import paper
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_himerge.result as result_room
-from peft_himerge import HiMergeConfig, apply_plan, merge_adapters, merge_adapters_hi, merge_folders
+from peft_himerge import apply_plan, merge_adapters, merge_adapters_hi, merge_folders
 from peft_himerge.errors import HiMergeError, OutputError
 from peft_himerge.files import replacing, write_text
 from peft_himerge.outputs import LOCK, owning, publishing
@@ -89,7 +90,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def everything(inputs: Inputs, root: Path, density: float = 0.4, calls: Path | None = None) -> None:
     """Analyse, merge in every way and write every kind of output under `root`; in a child only."""
     result_room.available = lambda: False  # no page: 5 MB, written as the other files are
-    config = HiMergeConfig(density=density, scale=0.9, rank=3, max_export_drop=None)
+    config = paper(density=density, scale=0.9, rank=3, max_export_drop=None)
     journal = root / "scores.jsonl"
     found = merge_adapters_hi(model(), NAMES, evals(calls), config=config, journal=journal)
     found.save(root / "hi")
@@ -97,7 +98,7 @@ def everything(inputs: Inputs, root: Path, density: float = 0.4, calls: Path | N
     other = merge_adapters(model(), NAMES, "ties", adapter_name="other", density=density)
     other.save(root / "ties")
     other.save_merged(inputs.base, root / "ties-full")
-    numbers = HiMergeConfig(density=density, scale=0.9, rank=3)
+    numbers = paper(density=density, scale=0.9, rank=3)
     merge_folders(inputs.adapters, root / "folders", config=numbers)
 
 
@@ -221,7 +222,7 @@ def write(
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # slow, and SIGKILL loses no write
     kind, plans, results = request.param, {}, {}
     for density in (0.4, 0.7):
-        numbers = HiMergeConfig(density=density, scale=0.9, rank=3)
+        numbers = paper(density=density, scale=0.9, rank=3)
         plan = merge_folders(inputs.adapters, tmp_path / "plan", config=numbers).plan
         name = f"x{plan.fingerprint[:6]}"
         if kind in ("hi", "checkpoint"):
@@ -445,7 +446,7 @@ def test_a_folder_is_written_by_one_process_at_a_time(
     ends: str, inputs: Inputs, tmp_path: Path
 ) -> None:
     out, until = tmp_path / "out", tmp_path / "until"
-    config = HiMergeConfig(density=1.0, scale=1.0)
+    config = paper(density=1.0, scale=1.0)
 
     def meanwhile(number: int) -> None:
         wait_for(tmp_path / "ready")

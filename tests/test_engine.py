@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from paper import paper
 from peft import PeftModel
 from snapshot import bits
 
-from peft_himerge import HiMergeConfig, MergeResult, merge_adapters_hi
+from peft_himerge import MergeResult, merge_adapters_hi
 from peft_himerge.events import (
     ContributionsMeasured,
     Event,
@@ -53,9 +54,7 @@ def run(
 ) -> tuple[MergeResult, list[Event]]:
     events: list[Event] = []
     config = {"density": 0.4, "scale": 0.9, "max_export_drop": None, **options}
-    result = merge_adapters_hi(
-        model, names, fns, config=HiMergeConfig(**config), callbacks=[events.append]
-    )
+    result = merge_adapters_hi(model, names, fns, config=paper(**config), callbacks=[events.append])
     return result, events
 
 
@@ -99,7 +98,7 @@ def test_states_with_equal_fingerprints_have_equal_weights_and_others_not() -> N
         if isinstance(event, StateScored) and event.plan is not None:
             seen.setdefault(event.plan.fingerprint, set()).add(shown[-1])
 
-    config = HiMergeConfig(density=0.4, scale=0.9, max_export_drop=None, strategy="fold")
+    config = paper(density=0.4, scale=0.9, max_export_drop=None, strategy="fold")
     merge_adapters_hi(model, names, {"zh": weights, "en": weights}, config=config, callbacks=[note])
     assert len(seen) >= 4 + 6 * LAYERS  # base, two alone, merged; each with and without a layer
     assert all(len(states) == 1 for states in seen.values())
@@ -183,7 +182,7 @@ def test_scores_in_events_are_those_of_the_result() -> None:
 def test_several_callbacks_hear_the_same_in_their_order() -> None:
     model, names, fns = everywhere(2)
     heard: list[tuple[str, Event]] = []
-    config = HiMergeConfig(density=1.0, scale=1.0, max_export_drop=None)
+    config = paper(density=1.0, scale=1.0, max_export_drop=None)
     callbacks = [lambda e: heard.append(("one", e)), lambda e: heard.append(("two", e))]
     merge_adapters_hi(model, names, fns, config=config, callbacks=callbacks)
     assert [who for who, _ in heard[:4]] == ["one", "two", "one", "two"]

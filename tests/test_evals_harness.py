@@ -198,7 +198,8 @@ def test_a_task_serves_a_merge(tmp_path: Path) -> None:
     model = adapted()
     task = lm_eval_task(task_file(tmp_path, CHOICE), TOKENIZER)
     own = multiple_choice(as_rows(ROWS), TOKENIZER)
-    config = HiMergeConfig(density=0.5, scale=1.0, metric={"zh": "acc", "en": "log_likelihood"})
+    metric = {"zh": "acc", "en": "log_likelihood"}
+    config = HiMergeConfig(density=0.5, scale=1.0, metric=metric, max_export_drop=None)
     result = merge_adapters_hi(model, ["zh", "en"], {"zh": task, "en": own}, config=config)
     for state, row in result.states.items():
         assert row["zh"].examples.shape == (5,), state

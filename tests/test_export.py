@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from paper import paper
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from snapshot import moved, run_python, snapshot
 
-from peft_himerge import Edit, HiMergeConfig, MergePlan, MergeResult, apply_plan, merge_adapters_hi
+from peft_himerge import Edit, MergePlan, MergeResult, apply_plan, merge_adapters_hi
 from peft_himerge import checkpoint as checkpoint_room
 from peft_himerge import combine as combine_room
 from peft_himerge import export as export_room
@@ -41,7 +42,7 @@ FILES = {
 def merge(model: PeftModel, kind: str = "llama", **options: Any) -> MergeResult:
     config = {"density": 0.4, "scale": 0.9, "max_export_drop": None, **options}
     fns = tiny.eval_fns(kind, NAMES)
-    return merge_adapters_hi(model, NAMES, fns, config=HiMergeConfig(**config))
+    return merge_adapters_hi(model, NAMES, fns, config=paper(**config))
 
 
 def model_wise(model: PeftModel, density: float = 0.4, **options: Any) -> MergeResult:
@@ -185,7 +186,7 @@ def winning() -> tuple[PeftModel, dict[str, Any]]:
 
 
 def limited(model: PeftModel, fns: Any, limit: float | None, **options: Any) -> MergeResult:
-    config = HiMergeConfig(density=0.5, scale=1.0, max_export_drop=limit, **options)
+    config = paper(density=0.5, scale=1.0, max_export_drop=limit, **options)
     return merge_adapters_hi(model, ["zh"], fns, config=config)
 
 
@@ -243,7 +244,7 @@ def test_saved_folder_holds_the_adapter_the_plan_and_the_report(tmp_path: Path) 
 def test_saved_config_follows_the_portable_profile(tmp_path: Path) -> None:
     model = tiny.peft_model("gpt2", 3, torch.float32)  # rank and alpha patterns, rsLoRA inside
     fns = tiny.eval_fns("gpt2", tiny.NAMES[:3])
-    config = HiMergeConfig(density=0.4, scale=0.9, max_export_drop=None)
+    config = paper(density=0.4, scale=0.9, max_export_drop=None)
     result = merge_adapters_hi(model, list(tiny.NAMES[:3]), fns, config=config)
     folder = result.save(tmp_path)
     fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -325,7 +326,7 @@ def test_failed_save_leaves_the_old_adapter_and_no_other_file(
         NAMES,
         tiny.eval_fns("llama", NAMES),
         adapter_name="other",
-        config=HiMergeConfig(density=0.2, scale=1.0, rank=3, max_export_drop=None),
+        config=paper(density=0.2, scale=1.0, rank=3, max_export_drop=None),
     )
 
     def fail(tensors: Any, path: str, **_: Any) -> None:
@@ -455,7 +456,7 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, A
             NAMES,
             tiny.eval_fns(kind, NAMES),
             adapter_name="exact",
-            config=HiMergeConfig(density=1.0, scale=0.7, layer_density=1.0),
+            config=paper(density=1.0, scale=0.7, layer_density=1.0),
         )
         job(f"{kind} exact", base, exact.save(root / f"{kind} e"), logits(model, "exact"))
         full = pruned.save_merged(base, root / f"{kind} full")
@@ -558,7 +559,7 @@ def test_tied_embedding_with_a_delta_leaves_the_head_alone(kind: str, target: st
         NAMES,
         fns,
         adapter_name="again",
-        config=HiMergeConfig(density=1.0, scale=0.9, max_export_drop=None),
+        config=paper(density=1.0, scale=0.9, max_export_drop=None),
     )
     model.set_adapter("merged")
     for name in NAMES:

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from paper import paper
 from peft import PeftModel
 from snapshot import bits, moved, snapshot
 
@@ -41,7 +42,7 @@ def case(kind: str, n: int) -> tuple[PeftModel, list[str], dict[str, Any]]:
 
 
 def merge(model: PeftModel, names: list[str], fns: Mapping[str, Any], **options: Any) -> Any:
-    config = HiMergeConfig(**{**FIXED, "max_export_drop": None, **options})
+    config = paper(**{**FIXED, "max_export_drop": None, **options})
     return merge_adapters_hi(model, names, fns, config=config)
 
 
@@ -486,7 +487,7 @@ def test_metric_asked_of_an_eval_fn_without_a_dict_is_refused() -> None:
 def test_merge_with_search_uses_the_best_trial_of_each_adapter() -> None:
     model, names, fns = case("gpt2", 2)
     result = merge_adapters_hi(
-        model, names, fns, config=HiMergeConfig(max_export_drop=None, accept="no_regression")
+        model, names, fns, config=paper(max_export_drop=None, accept="no_regression")
     )
     for name in names:
         mine = [t for t in result.search if t.adapter == name]
@@ -507,7 +508,7 @@ def test_merge_with_search_on_the_merged_model_never_ends_below_its_start() -> N
         model,
         names,
         fns,
-        config=HiMergeConfig(max_export_drop=None, search_target="merged"),
+        config=paper(max_export_drop=None, search_target="merged"),
     )
     first = next(t for t in result.search if (t.edit.density, t.edit.scale) == (1.0, 1.0))
     assert np.mean([*result.scores["model_wise"].values()]) >= first.value
@@ -525,7 +526,7 @@ def test_a_search_that_cannot_run_is_refused_before_anything_is_scored(
     heard = {name: lambda m, name=name: calls.append(name) for name in fns}
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtraError, match="needs Optuna"):
-        merge_adapters_hi(model, names, heard, config=HiMergeConfig(search="optuna"))
+        merge_adapters_hi(model, names, heard, config=paper(search="optuna"))
     assert calls == []
     assert moved(before, snapshot(model)) == []
 
@@ -533,7 +534,7 @@ def test_a_search_that_cannot_run_is_refused_before_anything_is_scored(
 def test_merge_twice_in_one_model_gives_the_same_numbers() -> None:
     model, names, fns = case("bert", 2)
     first = merge(model, names, fns)
-    config = HiMergeConfig(**FIXED, max_export_drop=None)
+    config = paper(**FIXED, max_export_drop=None)
     second = merge_adapters_hi(model, names, fns, adapter_name="twin", config=config)
     assert first.scores == second.scores
     assert first.contributions == second.contributions
@@ -547,7 +548,7 @@ def test_accept_best_is_never_worse_than_its_start_nor_than_the_paper_s_edits(ki
     fns = tiny.eval_fns(kind, names, seed=1)
     means = {}
     for accept in ("no_regression", "best"):
-        config = HiMergeConfig(**FIXED, accept=accept, max_export_drop=None)
+        config = paper(**FIXED, accept=accept, max_export_drop=None)
         result = merge_adapters_hi(model, names, fns, adapter_name=accept, config=config)
         means[accept] = sum(result.scores["merged"].values())
         assert means[accept] >= sum(result.scores["model_wise"].values())
@@ -567,7 +568,7 @@ def test_accept_best_climbs_as_one_would_by_hand(kind: str, count: int) -> None:
     model = tiny.peft_model(kind, count, seed=1)
     names = list(tiny.NAMES[:count])
     fns = tiny.eval_fns(kind, names, seed=1)
-    config = HiMergeConfig(**FIXED, accept="best", max_export_drop=None)
+    config = paper(**FIXED, accept="best", max_export_drop=None)
     result = merge_adapters_hi(model, names, fns, config=config)
 
     def mean(plan: MergePlan) -> float:
@@ -579,8 +580,8 @@ def test_accept_best_climbs_as_one_would_by_hand(kind: str, count: int) -> None:
     moved_by_degrees = 0
     for resolution in result.conflicts:
         layer = resolution.conflict.layer
-        paper = plan.with_edits(layer, resolve(resolution.conflict, plan, config))
-        plan = paper if mean(paper) >= mean(plan) else plan
+        published = plan.with_edits(layer, resolve(resolution.conflict, plan, config))
+        plan = published if mean(published) >= mean(plan) else plan
         for name in sorted(plan.edits[layer]):
             edit = plan.edits[layer][name]
             tried = [

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from paper import paper
 from peft import PeftModel
 from snapshot import moved, snapshot
 
 import peft_himerge
-from peft_himerge import HiMergeConfig, merge_adapters, merge_adapters_hi
+from peft_himerge import merge_adapters, merge_adapters_hi
 from peft_himerge.interrupts import heard, held
 from peft_himerge.outputs import owning
 
@@ -162,7 +163,7 @@ class Pressing:
 
 
 def merged(model: PeftModel) -> None:
-    config = HiMergeConfig(density=0.4, scale=0.9, rank=3, max_export_drop=None)
+    config = paper(density=0.4, scale=0.9, rank=3, max_export_drop=None)
     merge_adapters_hi(model, NAMES, small_evals(), config=config)
 
 
@@ -212,7 +213,7 @@ def test_at_any_line_the_model_comes_back(merge: Callable[[PeftModel], None]) ->
 
 def test_the_journal_keeps_the_scores_before_it(tmp_path: Path) -> None:
     calls: list[str] = []
-    config = HiMergeConfig(density=0.4, scale=0.9, rank=3, max_export_drop=None)
+    config = paper(density=0.4, scale=0.9, rank=3, max_export_drop=None)
     model = tiny.peft_model("llama", 2, torch.float32)
 
     def run(stop: int | None, journal: Path | None) -> int:

@@ -19,10 +19,11 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paper import paper
 from peft import PeftModel
 from snapshot import run_python
 
-from peft_himerge import HiMergeConfig, MergeResult, merge_adapters_hi
+from peft_himerge import MergeResult, merge_adapters_hi
 from peft_himerge.errors import ConfigError, HiMergeError, JournalError
 from peft_himerge.journal import Journal, pack_score, unpack_score
 from peft_himerge.scoring import Score
@@ -304,7 +305,7 @@ def counted(names: list[str], seed: int = 0) -> tuple[dict[str, Any], Counter[st
 def merge(
     model: PeftModel, names: list[str], fns: Mapping[str, Any], journal: Path | None, **options: Any
 ) -> MergeResult:
-    config = HiMergeConfig(**{"density": 0.4, "scale": 0.9, "max_export_drop": None, **options})
+    config = paper(**{"density": 0.4, "scale": 0.9, "max_export_drop": None, **options})
     return merge_adapters_hi(model, names, fns, config=config, journal=journal)
 
 
@@ -481,7 +482,7 @@ from peft_himerge import randomness
 
 folder, NAMES = Path(sys.argv[2]), ["zh", "en"]
 CALLS = folder / "calls"
-CONFIG = HiMergeConfig(search="coarse", reanalyze="each", accept="no_regression",
+CONFIG = HiMergeConfig(variant="paper", search="coarse", reanalyze="each", accept="no_regression",
                        max_export_drop=None, density="search", scale=0.9)
 
 def noisy(name):

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from paper import paper
 from peft import LoraConfig, PeftModel
 from snapshot import moved, snapshot
 from torch import nn
 
 from peft_himerge import (
-    HiMergeConfig,
     MergePlan,
     MergeResult,
     merge_adapters,
@@ -60,7 +60,7 @@ def after(mess: Mess, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def merge(model: PeftModel, fns: dict[str, Any], **options: Any) -> MergeResult:
     more = {k: options.pop(k) for k in ("journal", "callbacks") if k in options}
-    config = HiMergeConfig(**{**FIXED, **options})
+    config = paper(**{**FIXED, **options})
     return merge_adapters_hi(model, NAMES, fns, config=config, **more)
 
 
@@ -69,7 +69,7 @@ def score(model: PeftModel, fns: dict[str, Any], **options: Any) -> dict[str, di
     combiner = Combiner(read_adapters(model, NAMES))
     both = combiner.plan(dict.fromkeys(NAMES, Edit(0.6, 0.9)))
     plans = {"base": MergePlan.base(), "one": both.solo("zh"), "both": both}
-    found = score_plans(model, NAMES, plans, fns, config=HiMergeConfig(**options))
+    found = score_plans(model, NAMES, plans, fns, config=paper(**options))
     return {state: {t: s.value for t, s in row.items()} for state, row in found.items()}
 
 
@@ -489,7 +489,7 @@ def test_verify_changes_no_score_and_counts_none() -> None:
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_verify_is_a_bool(value: object) -> None:
     with pytest.raises(ConfigError, match="verify"):
-        HiMergeConfig(verify=value)
+        paper(verify=value)
 
 
 # ------------------------------------------------------------------------------------ slow ones

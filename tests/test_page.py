@@ -324,7 +324,7 @@ def test_comparison_shows_scores_differences_kinds_and_settings(merged: Path, ot
     assert row[3].startswith(f"{now:.3f}")
     assert row[3].endswith(f"{now - start:+.3f}")
     settings = {r[0]: r[1:] for r in rows}
-    assert settings["option accept"] == ["always", "no_regression"]
+    assert settings["option accept"] == ["best", "no_regression"]
     assert settings["density of en"] == [f"{first.plan.adapters['en'].density:g}", "0.3"]
     assert "prune_scope" not in settings  # the same in both
     kinds = comparison_tables({"a": first, "b": second})["conflicts"].rows

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from paper import paper
 from test_cli import himerge
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
@@ -31,7 +32,7 @@ LAYERS = [f"model.layers.{i}" for i in range(18)]
 
 
 def cost_of(n_layers: int, own: list[str], guards: list[str], **options: Any) -> Cost:
-    config = HiMergeConfig(**{**GIVEN, **options})
+    config = paper(**{**GIVEN, **options})
     table = {f"model.layers.{i}": own for i in range(n_layers)}
     return estimate(table, own, guards, config)
 
@@ -133,7 +134,7 @@ def test_shared_blocks_are_what_the_engine_runs(kind: str) -> None:
     blocks = list(find_blocks(model.base_model.model, labels))
     order = [layer.label for layer in combiner.in_order()]
     assert set(order) - {"outside"} == set(blocks)
-    cost = estimate(combiner.table(), names, [], HiMergeConfig(**GIVEN), order=order)
+    cost = estimate(combiner.table(), names, [], paper(**GIVEN), order=order)
     plan = combiner.plan(dict.fromkeys(names, Edit(0.4, 0.9)))
     probe = Probe(model, combiner, cache_bytes=10**9)
     steps = {step.name: step for step in cost.steps}
@@ -172,7 +173,7 @@ def test_the_total_is_an_upper_bound_that_only_falls_to_what_was_done(
     names = list(tiny.NAMES[:2])
     fns = tiny.eval_fns(kind, [*names, *(["general"] if guard else [])])
     events: list[Any] = []
-    config = HiMergeConfig(**{**GIVEN, "max_export_drop": None, **options})
+    config = paper(**{**GIVEN, "max_export_drop": None, **options})
     result = merge_adapters_hi(
         tiny.peft_model(kind, 2), names, fns, config=config, callbacks=[events.append]
     )
@@ -220,7 +221,7 @@ def paths(root: Path) -> dict[str, Path]:
 
 
 def test_preview_of_folders_is_the_cost_of_the_merge(folders: Path) -> None:
-    config = HiMergeConfig(**GIVEN)
+    config = paper(**GIVEN)
     found = preview(folders / "base", paths(folders), config)
     assert (found.blocks, found.layers, found.zero) == (4, 5, ())
     assert found.cost == result_cost("llama", ["zh", "en"], config, [])
@@ -236,7 +237,7 @@ def test_preview_counts_blocks_that_no_adapter_changes(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapters", selected_adapters=["zh", "en"])
     model.unload().save_pretrained(tmp_path / "base")
     adapters = {name: tmp_path / "adapters" / name for name in ("zh", "en")}
-    config = HiMergeConfig(**GIVEN)
+    config = paper(**GIVEN)
     whole, adapted = (preview(b, adapters, config) for b in (tmp_path / "base", None))
     assert (whole.blocks, adapted.blocks) == (4, 2)
     assert whole.cost.scores == adapted.cost.scores
@@ -245,7 +246,7 @@ def test_preview_counts_blocks_that_no_adapter_changes(tmp_path: Path) -> None:
 
 
 def test_preview_refuses_what_does_not_fit(folders: Path, tmp_path: Path) -> None:
-    config = HiMergeConfig(**GIVEN)
+    config = paper(**GIVEN)
     with pytest.raises(ConfigError, match=r"no config\.json"):
         preview(tmp_path, paths(folders), config)
     settings = json.loads((folders / "base" / "config.json").read_text(encoding="utf-8"))
@@ -256,7 +257,7 @@ def test_preview_refuses_what_does_not_fit(folders: Path, tmp_path: Path) -> Non
     with pytest.raises(AdapterError, match=r"no module 'model\.layers\.3"):
         preview(small, paths(folders), config)
     with pytest.raises(ConfigError, match="density is given for"):
-        preview(None, paths(folders), HiMergeConfig(density={"zh": 1.0}, scale={"zh": 1.0}))
+        preview(None, paths(folders), paper(density={"zh": 1.0}, scale={"zh": 1.0}))
 
 
 def plan_command(root: Path, *more: object) -> subprocess.CompletedProcess[str]:
@@ -276,7 +277,7 @@ def test_plan_command_prints_every_step_and_writes_nothing(folders: Path) -> Non
         if len(cells := line.replace("│", " ").replace("┃", " ").split()) == 4
         and cells[1].isdigit()
     }
-    config = HiMergeConfig(**GIVEN, accept="no_regression")
+    config = paper(**GIVEN, accept="no_regression")
     cost = result_cost("llama", ["zh", "en"], config, ["general"])
     assert rows == {
         **{s.name: [s.scores, s.naive_blocks, s.shared_blocks] for s in cost.steps},

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from paper import paper
 from peft import LoraConfig, PeftModel
 from snapshot import moved, snapshot
 from torch import nn
 
-from peft_himerge import HiMergeConfig, MergeResult, apply_plan, merge_adapters_hi
+from peft_himerge import MergeResult, apply_plan, merge_adapters_hi
 from peft_himerge.adapters import lora_layers
 from peft_himerge.combine import add_to_weight
 from peft_himerge.errors import AdapterError, EvalError
@@ -28,7 +29,7 @@ Mess = Callable[[PeftModel], None]
 
 def run(model: PeftModel, fns: Any, callbacks: Any = (), **options: Any) -> MergeResult:
     config = {"density": 0.4, "scale": 0.9, "max_export_drop": None, **options}
-    return merge_adapters_hi(model, NAMES, fns, config=HiMergeConfig(**config), callbacks=callbacks)
+    return merge_adapters_hi(model, NAMES, fns, config=paper(**config), callbacks=callbacks)
 
 
 def dropped(kind: str = "llama", dropout: float = 0.1) -> PeftModel:

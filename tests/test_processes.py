@@ -17,10 +17,11 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paper import paper
 from snapshot import run_python
 from test_identity import offload
 
-from peft_himerge import HiMergeConfig, merge_adapters_hi
+from peft_himerge import merge_adapters_hi
 from peft_himerge.engine import _pieces
 from peft_himerge.errors import ConfigError
 from peft_himerge.identity import base_digest
@@ -76,7 +77,7 @@ def one(name, size, rank, wrong):
         engine._EXCHANGE_SECONDS = 0.01 * (1 + rank)
     before = torch.get_rng_state(), random.getstate()
     options = {None: SEARCH, "optuna": OPTUNA}.get(wrong, FIXED)
-    config = HiMergeConfig(**options, max_export_drop=None)
+    config = HiMergeConfig(**{"variant": "paper", **options}, max_export_drop=None)
     fns = {name: fn_of(name) for name in names}
     journal = folder / f"{name}.jsonl" if wrong in (None, "slow") else None
     found = {"rank": rank}
@@ -264,7 +265,7 @@ from peft_himerge.processes import is_main
 calls = []
 plain = tiny.eval_fns("llama", ["zh", "en"])
 fns = {n: (lambda m, n=n: (calls.append(n), plain[n](m))[1]) for n in plain}
-config = HiMergeConfig(density=0.4, scale=0.9, max_export_drop=None)
+config = HiMergeConfig(variant="paper", density=0.4, scale=0.9, max_export_drop=None)
 result = merge_adapters_hi(tiny.peft_model("llama", 2), list(fns), fns, config=config)
 rank = 0 if is_main() else 1
 Path(sys.argv[2], f"{rank}.json").write_text(json.dumps({
@@ -305,7 +306,7 @@ def test_accelerate_launch_splits_a_merge_that_knows_nothing_of_it(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     names = ["zh", "en"]
-    config = HiMergeConfig(density=0.4, scale=0.9, max_export_drop=None)
+    config = paper(density=0.4, scale=0.9, max_export_drop=None)
     want = merge_adapters_hi(
         tiny.peft_model("llama", 2), names, tiny.eval_fns("llama", names), config=config
     )
@@ -360,7 +361,7 @@ def test_a_model_spread_over_processes_is_refused() -> None:
 def test_an_offloaded_model_is_merged_like_the_whole_one(where: str, tmp_path: Path) -> None:
     names = list(tiny.NAMES[:2])
     fns = tiny.eval_fns("llama", names)
-    config = HiMergeConfig(density=0.4, scale=0.9, max_export_drop=None)
+    config = paper(density=0.4, scale=0.9, max_export_drop=None)
     want = merge_adapters_hi(tiny.peft_model("llama"), names, fns, config=config)
     model = tiny.peft_model("llama")
     offload(model, where, tmp_path)

@@ -14,10 +14,11 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper import paper
 from peft import PeftModel
 from snapshot import bits, run_python
 
-from peft_himerge import Edit, HiMergeConfig, MergePlan, MergeResult, apply_plan, merge_adapters_hi
+from peft_himerge import Edit, MergePlan, MergeResult, apply_plan, merge_adapters_hi
 from peft_himerge.adapters import lora_layers, read_adapters
 from peft_himerge.combine import Combiner
 
@@ -27,7 +28,7 @@ IDS = torch.arange(24).view(3, 8)
 
 def merge(model: PeftModel, names: list[str], fns: Any, **options: Any) -> MergeResult:
     config = {"density": 0.4, "scale": 0.9, "max_export_drop": None, **options}
-    return merge_adapters_hi(model, names, fns, config=HiMergeConfig(**config))
+    return merge_adapters_hi(model, names, fns, config=paper(**config))
 
 
 def model_wise(model: PeftModel, edits: dict[str, Edit], **options: Any) -> MergeResult:
@@ -248,7 +249,7 @@ from snapshot import bits
 from peft_himerge import HiMergeConfig, merge_adapters_hi
 names = {"zh", "en", "math"}
 model = tiny.peft_model("llama", 3)
-config = HiMergeConfig(density=0.4, scale=0.9, max_export_drop=None)
+config = HiMergeConfig(variant="paper", density=0.4, scale=0.9, max_export_drop=None)
 result = merge_adapters_hi(model, list(names), tiny.eval_fns("llama", names), config=config)
 parts = {n: bits(p) for n, p in model.named_parameters() if "merged" in n.split(".")}
 print(json.dumps([result.plan.fingerprint, result.plan.to_json(), parts, list(names)]))

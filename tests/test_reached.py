@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import tiny
 from matrix import bases
+from paper import paper
 from peft import PeftModel
 from snapshot import moved, snapshot
 from torch import Tensor
 
-from peft_himerge import HiMergeConfig, merge_adapters_hi
+from peft_himerge import merge_adapters_hi
 from peft_himerge.reached import Reached
 
-CONFIG = HiMergeConfig(density=0.5, scale=0.9, rank="exact", max_export_drop=None)
+CONFIG = paper(density=0.5, scale=0.9, rank="exact", max_export_drop=None)
 
 
 def mamba(*targets: str) -> PeftModel:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from paper import paper
 
-from peft_himerge import Edit, HiMergeConfig, MergeResult, merge_adapters_hi
+from peft_himerge import Edit, MergeResult, merge_adapters_hi
 from peft_himerge.card import render_card
 from peft_himerge.conflict import Conflict, ConflictKind, Resolution
 from peft_himerge.plan import DROP, IDENTITY
@@ -81,7 +82,7 @@ def test_score_rows_of_nothing_are_empty() -> None:
 def result() -> MergeResult:
     names = ["zh", "en"]
     model, fns = tiny.peft_model("llama", 2, torch.float32), tiny.eval_fns("llama", names)
-    config = HiMergeConfig(density=0.4, scale=0.9, max_export_drop=None)
+    config = paper(density=0.4, scale=0.9, max_export_drop=None)
     return merge_adapters_hi(model, names, fns, adapter_name="both", config=config)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+from paper import paper
 
 from peft_himerge import Edit, HiMergeConfig
 from peft_himerge.errors import MissingExtraError
@@ -27,37 +28,37 @@ def test_grid_is_the_papers() -> None:
 
 
 def test_grid_search_asks_for_all_hundred_and_finds_the_best() -> None:
-    trials, asked = run(HiMergeConfig(search="grid"), (0.4, 0.7))
+    trials, asked = run(paper(search="grid"), (0.4, 0.7))
     assert len(asked) == len(set(asked)) == len(trials) == 100
     assert best(trials).edit == Edit(0.4, 0.7)
 
 
 @pytest.mark.parametrize("peak", [(d, s) for d in (0.0, 0.1, 0.3, 1.0) for s in (0.2, 0.8, 1.0)])
 def test_coarse_search_asks_for_at_most_twelve_and_none_twice(peak: tuple[float, float]) -> None:
-    trials, asked = run(HiMergeConfig(), peak)
-    assert len(asked) == len(set(asked)) == len(trials) <= 12 == budget(HiMergeConfig())
+    trials, asked = run(paper(), peak)
+    assert len(asked) == len(set(asked)) == len(trials) <= 12 == budget(paper())
     assert all(t.adapter == "en" for t in trials)
     assert best(trials).value == max(t.value for t in trials)
 
 
 def test_coarse_search_finds_a_peak_on_its_lines() -> None:
-    trials, _ = run(HiMergeConfig(), (0.3, 0.7))
+    trials, _ = run(paper(), (0.3, 0.7))
     assert best(trials).edit == Edit(0.3, 0.7)
 
 
 @pytest.mark.parametrize("kind", ["grid", "coarse"])
 def test_search_leaves_the_given_one_alone(kind: str) -> None:
-    trials, asked = run(HiMergeConfig(search=kind, scale=0.9), (0.6, 0.1))
+    trials, asked = run(paper(search=kind, scale=0.9), (0.6, 0.1))
     assert {e.scale for e in asked} == {0.9}
     assert best(trials).edit == Edit(0.6, 0.9)
-    assert len(asked) == 10 == budget(HiMergeConfig(search=kind, scale=0.9))
-    trials, asked = run(HiMergeConfig(search=kind, density=0.5), (0.6, 0.2))
+    assert len(asked) == 10 == budget(paper(search=kind, scale=0.9))
+    trials, asked = run(paper(search=kind, density=0.5), (0.6, 0.2))
     assert best(trials).edit == Edit(0.5, 0.2)
 
 
 @pytest.mark.parametrize("most", [1, 5, 20, 37])
 def test_optuna_asks_for_so_many_points_of_the_grid_and_none_twice(most: int) -> None:
-    config = HiMergeConfig(search="optuna", search_budget=most)
+    config = paper(search="optuna", search_budget=most)
     trials, asked = run(config, (0.4, 0.7))
     assert len(asked) == len(set(asked)) == len(trials) == most == budget(config)
     assert asked[0] == Edit(1.0, 1.0)
@@ -66,14 +67,14 @@ def test_optuna_asks_for_so_many_points_of_the_grid_and_none_twice(most: int) ->
 
 
 def test_optuna_goes_where_the_scores_are_high() -> None:
-    trials, asked = run(HiMergeConfig(search="optuna", search_budget=30), (0.4, 0.7))
+    trials, asked = run(paper(search="optuna", search_budget=30), (0.4, 0.7))
     assert best(trials).value > -0.15  # 7 of the 100 points of the grid are as good
     distance = [abs(e.density - 0.4) + abs(e.scale - 0.7) for e in asked]
     assert sum(distance[-10:]) < sum(distance[:10])
 
 
 def test_optuna_leaves_the_given_one_alone_and_ends_with_the_grid() -> None:
-    config = HiMergeConfig(search="optuna", scale=0.9, search_budget=50)
+    config = paper(search="optuna", scale=0.9, search_budget=50)
     trials, asked = run(config, (0.6, 0.1))
     assert {e.scale for e in asked} == {0.9}
     assert sorted(e.density for e in asked) == list(GRID)
@@ -82,18 +83,18 @@ def test_optuna_leaves_the_given_one_alone_and_ends_with_the_grid() -> None:
 
 
 def test_a_search_by_optuna_without_optuna_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_search(HiMergeConfig(search="optuna"))
+    check_search(paper(search="optuna"))
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtraError, match="search='optuna' needs Optuna"):
-        check_search(HiMergeConfig(search="optuna"))
-    check_search(HiMergeConfig(search="optuna", density=0.5, scale=1.0))
-    check_search(HiMergeConfig())
+        check_search(paper(search="optuna"))
+    check_search(paper(search="optuna", density=0.5, scale=1.0))
+    check_search(paper())
 
 
 def test_budget_is_the_number_of_scores() -> None:
-    assert budget(HiMergeConfig(density=0.5, scale=1.0)) == 0
-    assert budget(HiMergeConfig(search="grid")) == 100
-    assert budget(HiMergeConfig(density={"a": 0.5}, scale={"a": 1.0})) == 0
+    assert budget(paper(density=0.5, scale=1.0)) == 0
+    assert budget(paper(search="grid")) == 100
+    assert budget(paper(density={"a": 0.5}, scale={"a": 1.0})) == 0
 
 
 def test_best_of_equal_ones_is_the_sparser_then_the_smaller() -> None:
@@ -104,15 +105,15 @@ def test_best_of_equal_ones_is_the_sparser_then_the_smaller() -> None:
 
 @pytest.mark.parametrize("peak", [(1.0, 1.5), (1.0, 1.25), (0.3, 1.5), (0.5, 0.3)])
 def test_on_the_merged_model_scales_above_one_are_tried_too(peak: tuple[float, float]) -> None:
-    config = HiMergeConfig(search_target="merged")
+    config = paper(search_target="merged")
     trials, asked = run(config, peak)
     assert len(asked) == len(set(asked)) <= 12 == budget(config)
     assert best(trials).edit == Edit(*peak)
-    grid = HiMergeConfig(search_target="merged", search="grid")
+    grid = paper(search_target="merged", search="grid")
     trials, asked = run(grid, peak)
     assert len(asked) == 120 == budget(grid)
     assert max(e.scale for e in asked) == 1.5
-    alone = HiMergeConfig(search="grid")
+    alone = paper(search="grid")
     assert max(e.scale for e in run(alone, peak)[1]) == 1.0
-    tpe = HiMergeConfig(search_target="merged", search="optuna", search_budget=4)
+    tpe = paper(search_target="merged", search="optuna", search_budget=4)
     assert run(tpe, peak)[1][0] == Edit(1.0, 1.0)
