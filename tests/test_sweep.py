@@ -216,6 +216,7 @@ def test_grid_takes_every_value_once_and_stops(tmp_path: Path) -> None:
 def test_trials_that_differ_late_reuse_scores(tmp_path: Path) -> None:
     file = write(
         tmp_path,
+        "himerge.variant: {value: paper}",
         "himerge.density: {value: 0.5}",
         "himerge.scale: {value: 1.0}",
         "himerge.layer_scale: {values: [0.3, 0.6]}",

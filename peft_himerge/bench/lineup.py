@@ -109,7 +109,7 @@ LINEUP: tuple[Contender, ...] = (
 
 
 def _ablation(name: str, title: str, **changed: Any) -> Contender:
-    return Contender(f"hi_{name}", title, hi=HiMergeConfig(**changed))
+    return Contender(f"hi_{name}", title, hi=HiMergeConfig(**{"variant": "paper", **changed}))
 
 
 ABLATIONS: tuple[Contender, ...] = (
