@@ -85,6 +85,7 @@ QUANTISED = MappingProxyType(
         "wide llama, bitsandbytes 8-bit": "bitsandbytes",
         "wide llama, bitsandbytes 4-bit": "bitsandbytes",
         "wide llama, torchao 8-bit": "torchao",
+        "wide llama, QLoRA": "bitsandbytes",
     }
 )
 # Targets of the two adapters of each base; they overlap but differ.
@@ -293,7 +294,7 @@ def _dtypes() -> list[Cell]:
 
 
 def _states() -> list[Cell]:
-    group = "model"
+    group, qlora = "model", "wide llama, QLoRA"
     return [
         *(
             Cell(
@@ -305,6 +306,15 @@ def _states() -> list[Cell]:
                 needs=package,
             )
             for base, package in QUANTISED.items()
+            if base != qlora
+        ),
+        Cell(
+            group,
+            "QLoRA (NF4 twice quantised, prepare_model_for_kbit_training, after training)",
+            qlora,
+            setup="qlora",
+            precision="quantised",
+            needs=QUANTISED[qlora],
         ),
         Cell(group, "offloaded to CPU and disk", setup="offloaded"),
         Cell(group, "prepare_model_for_kbit_training", setup="kbit"),

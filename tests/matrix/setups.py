@@ -239,11 +239,26 @@ def _offloaded(cell: Cell, folder: Path) -> Made:
 
 
 def _quantised(cell: Cell, folder: Path) -> Made:
+    model = on_quantised(bases.build(cell.base), cell, folder)
+    return Made(model.eval(), bases.build(cell.base), torch.float32)
+
+
+def on_quantised(base: nn.Module, cell: Cell, folder: Path) -> PeftModel:
+    """Load adapters whose size is drawn to fit the plain base's weights."""
     plain = tiny.add_adapters(bases.build("wide llama"), specs_of(cell))
     plain.save_pretrained(folder)
-    model = PeftModel.from_pretrained(bases.build(cell.base), folder / "zh", "zh")
+    model = PeftModel.from_pretrained(base, folder / "zh", "zh", is_trainable=True)
     model.load_adapter(folder / "en", "en")
-    return Made(model.eval(), bases.build(cell.base), torch.float32)
+    return model
+
+
+def _qlora(cell: Cell, folder: Path) -> Made:
+    """As training ends: on a prepared 4-bit base, in training mode, with gradients."""
+    base = prepare_model_for_kbit_training(bases.build(cell.base))
+    model = on_quantised(base, cell, folder).train()
+    batch = bases.inputs(cell.base, "zh")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return Made(model, bases.build(cell.base), torch.float32)
 
 
 def _kbit(cell: Cell, folder: Path) -> Made:
@@ -309,6 +324,7 @@ SETUPS: Mapping[str, Callable[[Cell, Path], Made]] = {
     "narrow adapters": _narrow,
     "offloaded": _offloaded,
     "quantised": _quantised,
+    "qlora": _qlora,
     "kbit": _kbit,
     "compiled in place": _compiled_in_place,
     "compiled": _compiled,
