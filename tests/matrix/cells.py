@@ -217,6 +217,16 @@ def _more_than_factors() -> list[Cell]:
             **hi("target_parameters"),
         ),
         Cell(group, "activated LoRA", both=calls, **hi("alora_invocation_tokens")),
+        Cell(
+            group,
+            "experts one by one, of transformers 4",
+            "mixtral",
+            both={"target_modules": ["w1", "w2", "w3"]},
+            setup="experts of transformers 4",
+            rank=10,
+            folders=MERGED,
+            **hi("target_parameters"),
+        ),
     ]
 
 
