@@ -56,8 +56,9 @@ def together(mode: Mode) -> Iterator[Team]:
             does not come.
     """
     if mode == "auto" and not (dist.is_available() and dist.is_initialized()) and _launched():
-        accelerator = torch.accelerator.current_accelerator()
-        PartialState(cpu=accelerator is None or accelerator.type == "mps")
+        # torch 2.6 raises where there is none to ask for
+        found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        PartialState(cpu=not found or found.type == "mps")
     alone = mode == "off" or not dist.is_available() or not dist.is_initialized()
     if alone or dist.get_world_size() == 1:
         yield Team()
