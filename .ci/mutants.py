@@ -19,8 +19,7 @@ ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "mutants"
 COPIED = ("peft_himerge", "tests", "recipes", "examples", "README.md", "CHANGELOG.md")
 
-# Room -> the tests meant to guard it, as pytest's arguments. Of the callback's, what trains for
-# seconds or in two processes stays out.
+# Room -> the tests meant to guard it.
 ROOMS: dict[str, list[str]] = {
     "conflict": ["tests/test_conflict.py"],
     "contribution": ["tests/test_contribution.py"],
@@ -28,10 +27,7 @@ ROOMS: dict[str, list[str]] = {
     "sampler": ["tests/test_sampler.py"],
     "plan": ["tests/test_plan.py"],
     "select": ["tests/test_select.py", "tests/test_select_brackets.py"],
-    "rounds": [
-        "tests/test_callback.py",
-        "-k=not two_processes and not bit_identical and not trainer and not compiled",
-    ],
+    "rounds": ["tests/test_rounds.py"],
 }
 
 

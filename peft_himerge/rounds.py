@@ -149,15 +149,8 @@ def rebuilt(model: PeftModel, job: Job, earlier: MergeResult) -> Iterator[MergeR
     with _visiting(model, job):
         again = apply_plan(model, earlier.plan, adapter_name=job.adapter_name, rank=job.config.rank)
         with _one_round(model, job.adapter_name):
-            yield replace(
-                again,
-                contributions=earlier.contributions,
-                conflicts=earlier.conflicts,
-                states=earlier.states,
-                search=earlier.search,
-                scores_computed=earlier.scores_computed,
-                seconds=earlier.seconds,
-            )
+            # All of the earlier story, on the weights that are in the model now.
+            yield replace(earlier, _combiner=again._combiner, _versions=again._versions)
 
 
 def _trained(model: Any) -> str:
