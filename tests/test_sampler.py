@@ -67,6 +67,17 @@ def test_a_grid_too_large_to_list_is_drawn_from() -> None:
     assert len(set(seen("optuna", axes, 12))) == 12
 
 
+def test_a_large_grid_comes_to_its_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_SMALL", 3)
+    found = seen("random", [TENTHS, (1, 2)])
+    assert len(found) == len(set(found)) == 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_points_are_asked_for_if_none_are_wanted(kind: str) -> None:
+    assert seen(kind, [TENTHS], 0) == []
+
+
 def test_tpe_finds_the_top_sooner_than_chance() -> None:
     # One of 1000 points is best, and 60 are looked at.
     def gap(kind: str, seed: int) -> float:
