@@ -2,7 +2,8 @@
 
 The work is mutmut's. This makes it a folder per room, with a copy of the repository in which mutmut
 also reaches properties and context managers (it leaves decorated functions alone), and holds
-what survives against tests/MUTANTS.md, which says of every survivor why it may live.
+what survives against tests/MUTANTS.md, which says of every survivor why it may live. A second run
+looks only at the functions that changed and at what survived; without build/mutants it begins anew.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ ROOMS: dict[str, list[str]] = {
     "rounds": ["tests/test_rounds.py"],
 }
 
-
 # Hypothesis need not look for the smallest example of a failure that nobody reads.
 QUICK = """
 from hypothesis import Phase
@@ -56,15 +56,14 @@ def bare(source: str) -> str:
 
 
 def prepare(room: str) -> Path:
-    """Return a new folder in which mutmut runs for one room."""
+    """Return the folder in which mutmut runs for one room, with the repository as it is now."""
     folder = WORK / room
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            shutil.rmtree(folder / name, ignore_errors=True)
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=skip)
         else:
             shutil.copy(ROOT / name, folder / name)
     path = folder / "peft_himerge" / f"{room}.py"
@@ -94,32 +93,41 @@ def mutmut(folder: Path, *arguments: str) -> str:
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
         text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{done.stdout}\n{done.stderr}")
     return done.stdout
 
 
+def survivors(folder: Path) -> list[str]:
+    """Return the names of the mutants that no test noticed, or that no test reached."""
+    rows = [row.strip().partition(": ") for row in mutmut(folder, "results").splitlines()]
+    return [name for name, _, verdict in rows if verdict != "timeout"]
+
+
+def left(diff: str) -> list[str]:
+    """Return the lines that a mutant puts into the room, or those it takes away if it puts none."""
+    lines = [line for line in diff.splitlines() if line[:1] in ("+", "-")][2:]
+    return [line[1:].strip() for line in lines if line[0] == "+"] or [x[1:].strip() for x in lines]
+
+
 def test(room: str) -> bool:
     """Run the mutants of one room; return True if no survivor is new."""
+    again = (WORK / room / "mutants").is_dir()
     folder = prepare(room)
-    mutmut(folder, "run", "--max-children", os.environ.get("CHILDREN", "2"))
+    children = f"--max-children={os.environ.get('CHILDREN', '2')}"
+    mutmut(folder, "run", children)
+    if again and (names := survivors(folder)):
+        mutmut(folder, "run", children, *names)
     mutmut(folder, "export-cicd-stats")
     counts = json.loads((folder / "mutants" / "mutmut-cicd-stats.json").read_text())
     print(room, {key: value for key, value in counts.items() if value}, flush=True)
     argued = (ROOT / "tests" / "MUTANTS.md").read_text(encoding="utf-8")
-    clean = True
-    for line in mutmut(folder, "results").splitlines():
-        name, _, status = line.strip().partition(": ")
-        diff = mutmut(folder, "show", name)
-        changed = [
-            line for line in diff.splitlines() if line[:1] in "+-" and line[1:3] != line[:1] * 2
-        ]
-        left = [line[1:].strip() for line in changed if line[0] == "+"] or changed
-        if status != "timeout" and not all(line in argued for line in left):
-            print(f"{status}\n{diff}", flush=True)
-            clean = False
-    return clean
+    diffs = [mutmut(folder, "show", name) for name in survivors(folder)]
+    new = [diff for diff in diffs if not all(line in argued for line in left(diff))]
+    print("\n".join(new), flush=True)
+    return not new
 
 
 if __name__ == "__main__":
