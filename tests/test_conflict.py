@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_himerge import Edit, HiMergeConfig, MergePlan
-from peft_himerge.conflict import GRADES, Conflict, ConflictKind, find, grades, rank, resolve
+from peft_himerge.conflict import Conflict, ConflictKind, find, grades, rank, resolve
 from peft_himerge.contribution import Contribution
 from peft_himerge.plan import DROP, IDENTITY
 
@@ -176,7 +176,7 @@ def two_layers() -> MergePlan:
 
 def test_grades_scale_one_adapter_in_one_layer() -> None:
     plan = two_layers()
-    assert grades(plan, "h.0", "a") == [Edit(1.0, g) for g in GRADES]
+    assert grades(plan, "h.0", "a") == [Edit(1.0, 0.0), Edit(1.0, 0.5), Edit(1.0, 1.5)]
     edited = plan.with_edit("h.0", "a", Edit(0.5, 2.0)).with_edit("h.0", "b", DROP)
-    assert grades(edited, "h.0", "a") == [Edit(0.5, 2.0 * g) for g in GRADES]
+    assert grades(edited, "h.0", "a") == [Edit(0.5, 0.0), Edit(0.5, 1.0), Edit(0.5, 3.0)]
     assert grades(edited, "h.0", "b") == []

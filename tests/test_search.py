@@ -116,6 +116,7 @@ def test_a_search_by_optuna_without_optuna_is_refused(monkeypatch: pytest.Monkey
 def test_budget_is_the_number_of_scores() -> None:
     assert budget(HiMergeConfig(density=0.5, scale=1.0)) == 0
     assert budget(HiMergeConfig(search="grid")) == 100
+    assert budget(HiMergeConfig(search="optuna")) == 20
     assert budget(HiMergeConfig(density={"a": 0.5}, scale={"a": 1.0})) == 0
 
 
