@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_select import drawn, magnitudes
 
 from peft_himerge import select as room
@@ -83,6 +86,68 @@ def test_thresholds_with_a_sample_equal_a_full_sort(case: str) -> None:
     parts = CASES[case]()
     assert sum(f.numel for f in parts) >= room._SAMPLE_FROM
     check(parts, DENSITIES)
+
+
+def flat(value: float, numel: int, dtype: torch.dtype = torch.float32) -> LoraFactors:
+    """A module whose entries are all of one magnitude."""
+    rows = torch.full((1, numel), -value, dtype=dtype)
+    return LoraFactors(rows, torch.ones(1, 1, dtype=dtype), 1.0)
+
+
+def test_a_sample_is_drawn_from_every_part_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [(flat(5.0, 3), 0.0), (flat(1.0, 597), 0.0), (flat(2.0, 300), 0.0), (flat(3.0, 100), 4)]
+    before = torch.get_rng_state()
+    for chunk in (room._SAMPLE_CHUNK, 16):
+        monkeypatch.setattr(room, "_SAMPLE_CHUNK", chunk)
+        for dtype, bits in ((torch.float32, np.float32), (torch.float64, np.float64)):
+            drawn = room._sample(parts, 100, dtype).view(bits)
+            values, counts = np.unique(drawn, return_counts=True)
+            # 3 of 1000 entries are too few for a place among 100; the last part is cut away.
+            assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {1: 60, 2: 30, 0: 10}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sample_is_the_same_every_time_and_of_all_entries() -> None:
+    parts = [(drawn(1, 30, 20, 4), 0.0)]
+    sample = room._sample(parts, 20_000, torch.float32)
+    assert np.array_equal(sample, room._sample(parts, 20_000, torch.float32))
+    entries = magnitudes(*(f for f, _ in parts)).numpy()
+    found = np.sort(sample.view(np.float32))
+    assert len(np.unique(found)) == len(entries) == 600  # the chance to miss one is 2e-12
+    np.testing.assert_allclose(np.unique(found), entries[::-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["host", "device"])
+@given(data=st.data())
+def test_tallies_count_as_a_loop_does(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    inf = int(torch.tensor(math.inf, dtype=dtype).view(room._bits_of(dtype)))
+    edges = st.integers(0, 9) | st.integers(inf - 9, inf + 1) | st.integers(0, inf + 1)
+    brackets = []
+    for _ in range(data.draw(st.integers(1, 2))):
+        lo, hi = sorted(data.draw(st.lists(edges, min_size=2, max_size=2, unique=True)))
+        brackets.append(room._Bracket(lo, hi, data.draw(st.sampled_from([1, 4, 5, 64]))))
+    near = [p for b in brackets for p in (b.lo - 1, b.lo, b.lo + 1, b.hi - 1, b.hi, b.hi + 1)]
+    pattern = st.sampled_from([min(max(p, 0), inf) for p in near]) | st.integers(0, inf)
+    batches = data.draw(st.lists(st.lists(pattern, min_size=1, max_size=9), max_size=3))
+    tally = (
+        room._HostTally(brackets, dtype)
+        if kind == "host"
+        else room._DeviceTally(brackets, torch.device("cpu"))
+    )
+    for batch in batches:
+        tally.add(torch.tensor(batch, dtype=room._bits_of(dtype)).view(dtype))
+    every = [p for batch in batches for p in batch]
+    for bracket, (above, table) in zip(brackets, tally.read(), strict=True):
+        assert above == sum(p >= bracket.hi for p in every)
+        width = (bracket.hi - bracket.lo) / len(table)
+        assert len(table) <= bracket.most
+        assert (len(table) > bracket.most // 4) or width <= 1  # no coarser than it must be
+        place = 1 << bracket.shift
+        ends = [(bracket.lo + i * place, bracket.lo + (i + 1) * place) for i in range(len(table))]
+        assert ends[-1][0] < bracket.hi <= ends[-1][1]
+        for (first, last), count in zip(ends, table.tolist(), strict=True):
+            assert count == sum(first <= p < min(last, bracket.hi) for p in every)
 
 
 def test_random_entries_take_one_pass(passes: list[int]) -> None:
