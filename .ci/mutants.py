@@ -103,7 +103,7 @@ def mutmut(folder: Path, *arguments: str) -> str:
 def survivors(folder: Path) -> list[str]:
     """Return the names of the mutants that no test noticed, or that no test reached."""
     rows = [row.strip().partition(": ") for row in mutmut(folder, "results").splitlines()]
-    return [name for name, _, verdict in rows if verdict != "timeout"]
+    return [name for name, _, verdict in rows if verdict not in ("timeout", "segfault")]
 
 
 def left(diff: str) -> list[str]:

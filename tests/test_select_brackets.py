@@ -140,10 +140,10 @@ def test_tallies_count_as_a_loop_does(kind: str, dtype: torch.dtype, data: st.Da
     every = [p for batch in batches for p in batch]
     for bracket, (above, table) in zip(brackets, tally.read(), strict=True):
         assert above == sum(p >= bracket.hi for p in every)
-        width = (bracket.hi - bracket.lo) / len(table)
-        assert len(table) <= bracket.most
-        assert (len(table) > bracket.most // 4) or width <= 1  # no coarser than it must be
-        place = 1 << bracket.shift
+        places = {1: 1, 4: 4, 5: 4, 64: 64}[bracket.most]  # at most: the power of two below
+        width = bracket.hi - bracket.lo
+        place = next(1 << s for s in range(64) if -(-width // (1 << s)) <= places)
+        assert len(table) == -(-width // place)
         ends = [(bracket.lo + i * place, bracket.lo + (i + 1) * place) for i in range(len(table))]
         assert ends[-1][0] < bracket.hi <= ends[-1][1]
         for (first, last), count in zip(ends, table.tolist(), strict=True):
