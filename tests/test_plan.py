@@ -71,6 +71,7 @@ def test_edit_with_a_scale_that_is_no_number_is_refused(scale: object) -> None:
 
 def test_edit_drops_when_density_or_scale_is_zero() -> None:
     assert DROP.drops
+    assert (DROP, IDENTITY) == (Edit(0.0, 0.0), Edit(1.0, 1.0))
     assert Edit(0.0, 1.0).drops
     assert Edit(1.0, 0.0).drops
     assert not IDENTITY.drops

@@ -150,6 +150,29 @@ def test_tallies_count_as_a_loop_does(kind: str, dtype: torch.dtype, data: st.Da
             assert count == sum(first <= p < min(last, bracket.hi) for p in every)
 
 
+@given(data=st.data())
+def test_the_next_bracket_holds_the_wanted_pattern(data: st.DataObject) -> None:
+    top, edge = 64, st.integers(0, 64)
+    lo, hi = sorted(data.draw(st.lists(edge, min_size=2, max_size=2, unique=True)))
+    near = st.sampled_from([p for p in (lo - 1, lo, hi - 1, hi) if 0 <= p < top])
+    entries = data.draw(st.lists(near | st.integers(0, top - 1), min_size=1, max_size=9))
+    count = data.draw(st.integers(1, len(entries)))
+    wanted = sorted(entries, reverse=True)[count - 1]
+    bracket = room._Bracket(lo, hi, data.draw(st.sampled_from([1, 4, 64])))
+    place = 1 << bracket.shift
+    starts = range(lo, hi, place)
+    table = [sum(a <= p < min(a + place, hi) for p in entries) for a in starts]
+    above = sum(p >= hi for p in entries)
+    found = room._narrow(bracket, count, above, np.array(table), top)
+    if wanted >= hi:
+        assert (found.lo, found.hi) == (hi, top)
+    elif wanted < lo:
+        assert (found.lo, found.hi) == (0, lo)
+    else:
+        (start,) = (a for a in starts if a <= wanted < a + place)
+        assert (found.lo, found.hi) == (start, min(start + place, hi))
+
+
 def test_random_entries_take_one_pass(passes: list[int]) -> None:
     thresholds([(drawn(1, 6000, 2000, 4), 0.0)], [0.1, 0.3])
     assert passes == [2]
@@ -223,5 +246,9 @@ def test_blocks_have_the_same_bits_whatever_part_and_however_many_cores() -> Non
 def test_products_that_overflow_to_nan_are_refused() -> None:
     rows = torch.tensor([[3e38, -3e38]]).repeat(700, 1)
     factors = LoraFactors(torch.ones(2, 600), rows, 10.0)
-    with pytest.raises(AdapterError, match="overflows"):
+    with pytest.raises(AdapterError) as caught:
         thresholds([(factors, 0.0)], [0.5])
+    assert str(caught.value) == (
+        "an adapter's delta holds NaN: the product of its factors overflows. Check its weights "
+        "and its scaling."
+    )
