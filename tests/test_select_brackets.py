@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -137,9 +138,12 @@ def test_tallies_count_as_a_loop_does(kind: str, dtype: torch.dtype, data: st.Da
     )
     for batch in batches:
         tally.add(torch.tensor(batch, dtype=room._bits_of(dtype)).view(dtype))
+        for bracket, held in zip(brackets, getattr(tally, "pending", [[]] * 2), strict=False):
+            assert sum(map(len, held)) < bracket.most  # what waits is counted in time
     every = [p for batch in batches for p in batch]
     for bracket, (above, table) in zip(brackets, tally.read(), strict=True):
         assert above == sum(p >= bracket.hi for p in every)
+        assert table.dtype == np.int64
         places = {1: 1, 4: 4, 5: 4, 64: 64}[bracket.most]  # at most: the power of two below
         width = bracket.hi - bracket.lo
         place = next(1 << s for s in range(64) if -(-width // (1 << s)) <= places)
@@ -148,6 +152,83 @@ def test_tallies_count_as_a_loop_does(kind: str, dtype: torch.dtype, data: st.Da
         assert ends[-1][0] < bracket.hi <= ends[-1][1]
         for (first, last), count in zip(ends, table.tolist(), strict=True):
             assert count == sum(first <= p < min(last, bracket.hi) for p in every)
+
+
+@pytest.mark.parametrize(
+    ("count", "lo", "hi"),
+    [
+        # Of 5,120,000 entries 10,000 were drawn, of patterns 0, 100, ... 999,900: one for 512.
+        # Half of them: place 5,000 from the top, 6 * sqrt(10,000 / 4) + 2 = 302 either way.
+        (2_560_000, 469_700 - 64, 530_100 + 1 + 64),
+        # A tenth: place 1,000, 6 * sqrt(10,000 * 0.09) + 2 = 182 either way.
+        (512_000, 881_700 - 64, 918_100 + 1 + 64),
+        # Place 40.5, 40.1 either way: from the very first one to the 81st.
+        (20_736, 991_800 - 64, 999_900 + 1 + 64),
+        (20_000, 992_000 - 64, None),  # place 39.1, 39.4 either way: nothing is above for certain
+        (1, 999_600 - 64, None),
+        # The same from below.
+        (5_120_000 - 20_736, 0, 8_000 + 1 + 64),
+        (5_119_999, 0, 200 + 1 + 64),
+    ],
+)
+def test_the_first_bracket_is_six_sigmas_wide(
+    count: int, lo: int, hi: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def sample(parts: Any, size: int, dtype: torch.dtype) -> Any:
+        asked.append(size)
+        return np.arange(0, 1_000_000, 100, dtype=np.int32)
+
+    monkeypatch.setattr(room, "_sample", sample)
+    large = LoraFactors(torch.ones(1, 2000, device="meta"), torch.ones(2560, 1), 1.0)
+    for others in ([], [1, 2, 3]):
+        counts = [count, *others]
+        found = room._first_brackets([(large, 0.0)], counts, torch.float32, 1 << 31)
+        most = (1 << 22) // len(counts)
+        assert found[0] == room._Bracket(lo, 1 << 31 if hi is None else hi, most)
+    assert asked == [10_000] * 2
+
+
+def test_few_entries_are_not_worth_a_sample() -> None:
+    small = [(flat(1.0, 262_143), 0.0)]
+    assert (
+        room._first_brackets(small, [5, 6], torch.float32, 1 << 31)
+        == [room._Bracket(0, 1 << 31, 262_143)] * 2
+    )
+    tiny = [(flat(1.0, 20), 0.0)]
+    assert room._first_brackets(tiny, [5], torch.float64, 1 << 63) == [
+        room._Bracket(0, 1 << 63, 65_536)
+    ]
+
+
+def test_blocks_on_an_accelerator_are_counted_there_and_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = drawn(1, 20, 9, 2)
+    twin = drawn(2, 30, 7, 2)
+    there = LoraFactors(twin.a.to("meta"), twin.b.to("meta"), twin.scaling)
+    real = room._walk
+
+    class Tally(room._HostTally):
+        def __init__(self, brackets: Any, device: torch.device) -> None:
+            assert device.type == "meta"
+            super().__init__(brackets, torch.float32)
+
+    def walk(task: Any, tally: Any, dtype: torch.dtype) -> None:
+        assert isinstance(tally, Tally) == (task.factors is there)
+        moved = replace(task, factors=twin) if task.factors is there else task
+        real(moved, tally, dtype)
+
+    monkeypatch.setattr(room, "_DeviceTally", Tally)
+    monkeypatch.setattr(room, "_walk", walk)
+    bracket = room._Bracket(0x3F000000, 0x40000000, 64)  # from 0.5 to 2
+    both = magnitudes(here, twin)
+    for parts in ([(there, 0.0), (here, 0.0)], [(here, 0.0), (there, 0.0)]):
+        ((above, table),) = room._count(parts, [bracket], torch.float32)
+        assert above == int((both >= 2.0).sum()) > 0
+        assert table.sum() == int(((both >= 0.5) & (both < 2.0)).sum()) > 0
+        assert table.dtype == np.int64
 
 
 @given(data=st.data())
