@@ -59,6 +59,8 @@ def prepare(room: str) -> Path:
     """Return the folder in which mutmut runs for one room, with the repository as it is now."""
     folder = WORK / room
     folder.mkdir(parents=True, exist_ok=True)
+    # Which test reaches which function is found anew: a test may have changed.
+    (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.rmtree(folder / name, ignore_errors=True)
