@@ -29,6 +29,7 @@ ROOMS: dict[str, list[str]] = {
     "plan": ["tests/test_plan.py"],
     "select": ["tests/test_select.py", "tests/test_select_brackets.py"],
     "rounds": ["tests/test_rounds.py"],
+    "config": ["tests/test_config.py"],
 }
 
 # Hypothesis need not look for the smallest example of a failure that nobody reads.
