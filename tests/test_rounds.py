@@ -165,12 +165,14 @@ def test_the_merged_adapter_is_there_for_a_while_and_nothing_stays(
     assert heard[-1].plan == result.plan
 
 
-def test_a_round_without_analysis_scores_the_model_wise_merge(folder: Path) -> None:
+def test_a_round_without_analysis_scores_the_model_wise_merge() -> None:
     model = trainers.in_training()
     heard = Heard()
     extra = {**trainers.eval_fns(), "guard": lambda model: 0.25}
-    with merged(model, job(eval_fns=extra), "scores", [heard]) as result:
+    each = HiMergeConfig(density={"default": 0.5, "zh": 0.4}, scale={"default": 0.9, "zh": 1.2})
+    with merged(model, job(eval_fns=extra, config=each), "scores", [heard]) as result:
         plan = result.plan
+    assert plan.adapters == {"default": Edit(0.5, 0.9), "zh": Edit(0.4, 1.2)}
     assert set(plan.edits) == {f"model.layers.{i}" for i in range(4)}
     started, *scored, finished = heard
     assert started == MergeStarted(
@@ -246,15 +248,26 @@ def test_the_journal_of_a_round_spares_the_next_one_its_scores(tmp_path: Path) -
         assert second.plan == first.plan
 
 
+def reloaded(model: PeftModel) -> None:
+    """Put the same weights into the adapter in training as new parameters, and spoil the old."""
+    for path, old in list(model.named_parameters()):
+        if "default" in path.split("."):
+            module = model.get_submodule(path.removesuffix(".weight"))
+            module.weight = torch.nn.Parameter(old.detach().clone(), requires_grad=True)
+            old.data.zero_()
+
+
 def test_rebuilt_is_the_same_adapter_with_its_story(folder: Path) -> None:
     model = trainers.in_training(sibling=False).train()
-    made = job(siblings=(), folders={"zh": folder})
+    made = job(siblings=(), folders={"zh": folder}, adapter_name="round")
+    module = "model.layers.0.self_attn.v_proj"
     with merged(model, made, "full") as first:
-        want = weights(model, "merged")
+        want, delta = weights(model, "round"), first.delta(module)
+    reloaded(model)  # as a trainer does that takes back its best checkpoint
     before = snapshot(model)
     with rebuilt(model, made, first) as again:
-        assert weights(model, "merged") == want != {}
-        assert again.delta("model.layers.0.self_attn.v_proj").shape == (12, 24)
+        assert weights(model, "round") == want != {}
+        assert torch.equal(again.delta(module), delta)
         for field in dataclasses.fields(again):
             if not field.name.startswith("_"):  # its options too, which the card tells
                 assert getattr(again, field.name) == getattr(first, field.name), field.name
