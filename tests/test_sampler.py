@@ -71,6 +71,8 @@ def test_a_large_grid_comes_to_its_end_too(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(room, "_SMALL", 3)
     found = seen("random", [TENTHS, (1, 2)])
     assert len(found) == len(set(found)) == 20
+    places = [(i, j) for i in range(10) for j in range(2)]
+    assert sorted(room._shuffled([TENTHS, (1, 2)], 0)) == places
 
 
 @pytest.mark.parametrize("kind", KINDS)
