@@ -14,6 +14,7 @@ from peft import PeftModel
 from snapshot import bits, moved, snapshot
 
 from peft_himerge import Edit, HiMergeConfig, MergePlan, apply_plan
+from peft_himerge import rounds as room
 from peft_himerge.adapters import read_adapters
 from peft_himerge.conflict import Conflict, ConflictKind, Resolution
 from peft_himerge.contribution import Contributions
@@ -168,8 +169,12 @@ def test_the_merged_adapter_is_there_for_a_while_and_nothing_stays(
 def test_a_round_without_analysis_scores_the_model_wise_merge() -> None:
     model = trainers.in_training()
     heard = Heard()
-    extra = {**trainers.eval_fns(), "guard": lambda model: 0.25}
-    each = HiMergeConfig(density={"default": 0.5, "zh": 0.4}, scale={"default": 0.9, "zh": 1.2})
+    extra = {**trainers.eval_fns(), "guard": lambda model: {"f1": 0.25, "loss": 9.0}}
+    each = HiMergeConfig(
+        density={"default": 0.5, "zh": 0.4},
+        scale={"default": 0.9, "zh": 1.2},
+        metric={"guard": "f1"},
+    )
     with merged(model, job(eval_fns=extra, config=each), "scores", [heard]) as result:
         plan = result.plan
     assert plan.adapters == {"default": Edit(0.5, 0.9), "zh": Edit(0.4, 1.2)}
@@ -201,6 +206,13 @@ def test_a_round_that_scores_nothing_says_so() -> None:
     assert [type(event) for event in heard] == [MergeStarted, MergeFinished]
     assert isinstance(heard[0], MergeStarted)
     assert (heard[0].tasks, heard[0].scores) == ((), 0)
+
+
+def test_only_the_main_process_tells_the_listeners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "is_main", lambda: False)
+    heard = Heard()
+    with merged(trainers.in_training(), job(), "off", [heard]):
+        assert heard == []
 
 
 def test_a_failure_within_the_round_leaves_nothing_behind(folder: Path) -> None:
