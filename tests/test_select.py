@@ -198,8 +198,8 @@ def test_prune_keeps_exactly_the_entries_at_or_above_the_cut(
 
 def test_prune_at_a_cut_below_one_and_at_one_that_only_float64_holds() -> None:
     assert prune_(torch.tensor([0.25, -0.5, 0.75]), 0.5).tolist() == [0.0, -0.5, 0.75]
-    third = 1 / 3  # the next float32 is larger
-    delta = torch.tensor([third, 0.3333333], dtype=torch.float64)
+    third = 1 / 3  # between two float32 numbers, 0.33333331 and 0.33333334
+    delta = torch.tensor([third, 0.33333332], dtype=torch.float64)
     assert prune_(delta, third).tolist() == [third, 0.0]
 
 
