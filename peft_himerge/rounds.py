@@ -171,15 +171,8 @@ def _trained(model: Any) -> str:
 @contextmanager
 def _visiting(model: PeftModel, job: Job) -> Iterator[list[str]]:
     names = job.names(model)
-    tuner = model.base_model
-    # Deleting an adapter writes the tuner's note of what is active in another form.
-    active = tuner.active_adapter
-    with preserved(model):
-        try:
-            with guests(model, job.folders):
-                yield names
-        finally:
-            tuner.active_adapter = active
+    with preserved(model), guests(model, job.folders):
+        yield names
 
 
 @contextmanager

@@ -147,12 +147,12 @@ def test_the_merged_adapter_is_there_for_a_while_and_nothing_stays(
     analysis: Any, guest: bool, folder: Path
 ) -> None:
     model = trainers.in_training(sibling=not guest).train()
-    made = job(siblings=(), folders={"zh": folder}) if guest else job()
+    who: dict[str, Any] = {"siblings": (), "folders": {"zh": folder}} if guest else {}
     before, heard = snapshot(model), Heard()
-    with merged(model, made, analysis, [heard]) as result:
-        assert set(model.peft_config) == {"default", "zh", "merged"}
+    with merged(model, job(**who, adapter_name="both"), analysis, [heard]) as result:
+        assert set(model.peft_config) == {"default", "zh", "both"}
         assert model.active_adapter == "default"
-        assert result.adapter_name == "merged"
+        assert result.adapter_name == "both"
         assert (result.rank, result.plan.prune_scope) == (6, "layer")
         assert result.plan.adapters == {name: Edit(0.5, 0.9) for name in NAMES}
     assert moved(before, snapshot(model)) == []
