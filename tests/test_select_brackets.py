@@ -106,6 +106,8 @@ def test_a_sample_is_drawn_from_every_part_by_its_size(monkeypatch: pytest.Monke
             # 3 of 1000 entries are too few for a place among 100; the last part is cut away.
             assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {1: 60, 2: 30, 0: 10}
     assert torch.equal(torch.get_rng_state(), before)
+    drawn = room._sample([(flat(1.0, 6), 0.0), (flat(2.0, 4), 0.0)], 10, torch.float32)
+    assert np.sort(drawn.view(np.float32)).tolist() == [1.0] * 6 + [2.0] * 4
 
 
 def test_a_sample_is_the_same_every_time_and_of_all_entries() -> None:
