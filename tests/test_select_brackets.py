@@ -218,7 +218,7 @@ def test_blocks_on_an_accelerator_are_counted_there_and_added(
             super().__init__(brackets, torch.float32)
 
     def walk(task: Any, tally: Any, dtype: torch.dtype) -> None:
-        assert isinstance(tally, Tally) == (task.factors is there)
+        assert (isinstance(tally, Tally), dtype) == (task.factors is there, torch.float32)
         moved = replace(task, factors=twin) if task.factors is there else task
         real(moved, tally, dtype)
 
