@@ -293,6 +293,14 @@ def test_a_folder_without_an_adapter_says_where_it_is(tmp_path: Path) -> None:
     assert "adapter_model.bin" in finding.found
 
 
+def test_a_file_without_factors_is_an_error(tmp_path: Path) -> None:
+    save_file({"notes": np.zeros(1)}, write(tmp_path) / "adapter_model.safetensors")
+    report = check_adapter(tmp_path)
+    found = {f.message: f.severity for f in report.findings if f.rule == "factors"}
+    assert found == {"the file holds no pair of A and B": "error"}
+    assert not report.ok
+
+
 @pytest.mark.parametrize("cut", [0, 4, 40, -1])
 def test_damaged_weights_are_an_error_and_no_traceback(cut: int, tmp_path: Path) -> None:
     path = write(tmp_path) / "adapter_model.safetensors"

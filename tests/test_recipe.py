@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pickle
 import shutil
 import sys
 import tempfile
@@ -626,6 +627,12 @@ def test_a_fault_is_told_with_its_place_and_its_remedy(
         read_recipe(RECIPES / f"{recipe}.yaml", [change])
     told = [f"{f.what}" for f in caught.value.faults if f.key == key]
     assert any(text in what for what in told), str(caught.value)
+
+
+def test_faults_of_a_recipe_go_from_one_process_to_another() -> None:
+    error = RecipeError(Path("r.yaml"), [Fault("a", "is wrong"), Fault("b", "is missing")])
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.file, again.faults, str(again)) == (error.file, error.faults, str(error))
 
 
 @pytest.mark.parametrize(
