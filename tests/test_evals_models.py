@@ -246,7 +246,11 @@ def test_an_end_token_that_a_tokenizer_adds_is_no_part_of_any_text() -> None:
         single="<bos> $A <eos>", special_tokens=[("<bos>", bytewise.BOS), ("<eos>", bytewise.EOS)]
     )
     model = bytewise.llama()
-    for build, rows in ((multiple_choice, CHOICES), (likelihood, PROMPTS), (perplexity, PARAGRAPHS)):
+    for build, rows in (
+        (multiple_choice, CHOICES),
+        (likelihood, PROMPTS),
+        (perplexity, PARAGRAPHS),
+    ):
         found, want = build(rows, closing)(model), build(rows, TOKENIZER)(model)
         found, want = (x if isinstance(x, dict) else {"score": x} for x in (found, want))
         assert found.keys() == want.keys()

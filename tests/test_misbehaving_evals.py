@@ -25,7 +25,7 @@ from peft_himerge import (
     merge_adapters_hi,
     score_plans,
 )
-from peft_himerge.adapters import read_adapters
+from peft_himerge.adapters import lora_layers, read_adapters
 from peft_himerge.budget import Budget
 from peft_himerge.combine import Combiner
 from peft_himerge.errors import BudgetError, ConfigError, EvalError
@@ -448,6 +448,46 @@ def test_a_buffer_that_was_written_to_is_put_back_if_it_is_small(entries: int, w
     assert (what is None) == whole
     assert whole or str(what).startswith("changed the buffer '")
     assert float(buffer.sum()) == (0.0 if whole else entries)
+
+
+class PackedLinear(nn.Module):
+    """Quantised as bitsandbytes does on a CPU: packed anew into other memory by its first call."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.step = float(plain.weight.detach().abs().max()) / 127
+        whole = (plain.weight.detach() / self.step).round().to(torch.int8)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+        self.packed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.packed:
+            self.weight.data, self.packed = self.weight.data.T.contiguous(), True
+        return nn.functional.linear(x, self.weight.T * self.step)
+
+
+def packed() -> PeftModel:
+    model = small()
+    for layer in lora_layers(model).values():
+        layer.base_layer = PackedLinear(layer.get_base_layer())
+    return model
+
+
+def test_a_weight_that_its_own_forward_packs_anew_is_no_write() -> None:
+    model, fns = packed(), tiny.eval_fns("llama", NAMES)
+    want = score(model, fns)
+    assert score(model, fns) == want  # packed from the start
+    assert score(packed(), fns, verify=True) == want
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_write_into_a_packed_weight_is_found(verify: bool) -> None:
+    model, fns = packed(), tiny.eval_fns("llama", NAMES)
+    bad = after(lambda m: inner(m).get_parameter(FOLDED).data.add_(1), fns["en"])
+    score(model, {"zh": fns["zh"]})
+    with pytest.raises(EvalError, match=rf"task 'en' changed the weight '.*{FOLDED}'"):
+        score(model, {"en": bad}, verify=verify)
 
 
 def test_structure_tells_a_write_from_a_move() -> None:

@@ -272,7 +272,9 @@ def test_preview_says_what_is_wrong_with_a_config(folders: Path, tmp_path: Path)
         (base / "config.json").write_text(text, encoding="utf-8")
 
     rewrite(architectures=None)  # then a causal LM, like the adapters of this repository
-    assert preview(base, paths(folders), config) == preview(folders / "base", paths(folders), config)
+    assert preview(base, paths(folders), config) == preview(
+        folders / "base", paths(folders), config
+    )
     rewrite(model_type="no-such-model")
     with pytest.raises(ConfigError, match=r"config\.json of the base .*no-such-model"):
         preview(base, paths(folders), config)
@@ -292,7 +294,7 @@ def test_preview_says_what_is_wrong_with_a_config(folders: Path, tmp_path: Path)
     assert fitting == preview(base, paths(folders), config)
     with pytest.raises(ConfigError, match=r"the base .*LlamaConfig"):
         preview(base, typed(zh="SEQ_2_SEQ_LM", en="SEQ_2_SEQ_LM"), config)
-    with pytest.raises(AdapterError, match="different task types: {'zh': 'CAUSAL_LM', 'en': 'SEQ"):
+    with pytest.raises(AdapterError, match=r"different task types: \{'zh': 'CAUSAL_LM', 'en': 'SEQ"):
         preview(base, typed(zh="CAUSAL_LM", en="SEQ_CLS"), config)
     with pytest.raises(AdapterError, match=r"'CAUSAL' is not known. Allowed: .*CAUSAL_LM"):
         preview(base, typed(zh="CAUSAL", en="CAUSAL"), config)

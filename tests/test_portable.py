@@ -296,7 +296,7 @@ def test_a_folder_without_an_adapter_says_where_it_is(tmp_path: Path) -> None:
 def test_a_file_without_factors_is_an_error(tmp_path: Path) -> None:
     save_file({"notes": np.zeros(1)}, write(tmp_path) / "adapter_model.safetensors")
     report = check_adapter(tmp_path)
-    found = {f.message: f.severity for f in report.findings if f.rule == "factors"}
+    found = {f.found: f.severity for f in report.findings if f.rule == "factors"}
     assert found == {"the file holds no pair of A and B": "error"}
     assert not report.ok
 

@@ -233,11 +233,11 @@ def test_a_run_that_is_replaced_between_merges_is_found(offline: Path) -> None:
     listener = WandbListener(images=False)
     ids = []
     for _ in range(2):
-        run = wandb.init(project="search", reinit="finish_previous")
+        wandb.finish()
+        run = wandb.init(project="search")
         ids.append(run.id)
         merge(listener)
         assert run.summary["himerge/best_score"] is not None
-    wandb.finish()
     assert len(set(ids)) == 2
 
 

@@ -912,18 +912,14 @@ def test_an_adapter_without_token_rows_changes_none() -> None:
     layer = model.get_input_embeddings().token_adapter
     layer.trainable_tokens_delta["p"].data.mul_(-2.0)
     add_weighted_adapter(model, ["p", "q"], [1.0, 3.0], "m", "cat")
-    torch.testing.assert_close(
-        layer.trainable_tokens_delta["m"], layer.trainable_tokens_delta["p"]
-    )
+    torch.testing.assert_close(layer.trainable_tokens_delta["m"], layer.trainable_tokens_delta["p"])
 
 
 def test_weights_that_cancel_have_no_average_of_heads() -> None:
     model = net({"p": {"modules_to_save": ["head"]}, "q": {"modules_to_save": ["head"]}})
     before = snapshot(model)
     with pytest.raises(ConfigError, match=r"weights of \['p', 'q'\] sum to 0: .* no average"):
-        add_weighted_adapter(
-            model, ["p", "q"], [1.0, -1.0], "m", "cat", modules_to_save="average"
-        )
+        add_weighted_adapter(model, ["p", "q"], [1.0, -1.0], "m", "cat", modules_to_save="average")
     assert moved(before, snapshot(model)) == []
 
 
