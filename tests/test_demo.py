@@ -347,12 +347,9 @@ def test_the_command_prints_and_saves_what_plain_peft_scores(monkeypatch, tmp_pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "out"
-    done = CliRunner().invoke(
-        app,
-        ["demo", "--train", "--base", str(tiny_base), "--rows", "8", "--test-rows", "12"]
-        + ["--out", str(out)],
-        catch_exceptions=False,
-    )
+    sizes = ["--rows", "8", "--test-rows", "12"]
+    command = ["demo", "--train", "--base", str(tiny_base), "--out", str(out), *sizes]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert "Accuracy on 12 unseen test rows (merged by 8 validation rows)" in done.output
