@@ -336,3 +336,10 @@ def test_plan_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
         MergePlan.from_json(path)
     with pytest.raises((PlanError, FileNotFoundError), match="absent"):
         MergePlan.from_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("field", ["sources", "notes"])
+def test_sources_and_notes_that_are_no_texts_are_refused(field: str) -> None:
+    told = MergePlan.base().to_dict() | {field: {"zh": 3}}
+    with pytest.raises(PlanError, match=r"malformed: .*sources and notes hold texts, got 3"):
+        MergePlan.from_dict(told)
