@@ -33,7 +33,8 @@ __all__ = [
 
 # What merges adapters that hold more than factors; scores of deltas alone would not show the rest.
 _CARRY = (
-    "merge by a method without scores, as in merge_adapters(method='cat', modules_to_save='sole')"
+    "merge by a method without scores, in a model that holds the adapters, as in "
+    "merge_adapters(method='cat', modules_to_save='sole')"
 )
 # Config fields that change more than the product B @ A, and what the user can do about each.
 _REFUSED: Mapping[str, str] = MappingProxyType(

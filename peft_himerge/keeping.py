@@ -317,24 +317,36 @@ def watch(model: PeftModel) -> Callable[[], str | None]:
     The checksums cover every byte, so that writes are found that leave no other trace: through
     `.data`, NumPy, or a foreign library. Cost: one pass over the weights now and one per question
     (1.1 GB in about 0.3 s on one core). Left out are weights that are offloaded, or tensors of a
-    class of their own (some quantised ones).
+    class of their own (some quantised ones). A quantised weight that lies elsewhere than before was
+    packed anew by its own forward, and is known by what it holds from then on.
     """
     before = _digests(model)
 
     def changed() -> str | None:
         after = _digests(model)
-        return next((name for name in before if before[name] != after.get(name)), None)
+        for name, (digest, place) in list(before.items()):
+            now = after.get(name)
+            if now is not None and now[0] != digest and now[1] != place:
+                before[name] = now
+            elif now is None or now[0] != digest:
+                return name
+        return None
 
     return changed
 
 
-def _digests(model: PeftModel) -> dict[str, str]:
+def _digests(model: PeftModel) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return name -> checksum, and where a quantised weight lies and how; () for another one."""
     held = [*model.named_parameters(), *model.named_buffers()]
     return {
-        name: tensor_digest(tensor.data)
+        name: (tensor_digest(tensor.data), _place(tensor))
         for name, tensor in held
         if type(tensor.data) is Tensor
         and not tensor.is_meta
         and not tensor.is_quantized
         and tensor.layout == torch.strided
     }
+
+
+def _place(tensor: Tensor) -> tuple[int, ...]:
+    return () if _plain(tensor) else (tensor.data_ptr(), *tensor.shape)

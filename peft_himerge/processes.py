@@ -8,6 +8,7 @@ none waits for one that is gone.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ Mode = Literal["auto", "off"]
 
 # The longest that one process may compute between two exchanges; one that dies is noticed at once.
 _PATIENCE = timedelta(hours=12)
+# The last merge's group, which ends when the next one does: the destructor of a group holds the GIL
+# and waits for its threads, one of which may still need the GIL to let go of the last exchange
+# (seen with torch 2.6). By the next merge they rest.
+_retired: list[Any] = []
+atexit.register(_retired.clear)
 
 
 def is_main() -> bool:
@@ -50,8 +56,9 @@ def together(mode: Mode) -> Iterator[Team]:
             does not come.
     """
     if mode == "auto" and not (dist.is_available() and dist.is_initialized()) and _launched():
-        accelerator = torch.accelerator.current_accelerator()
-        PartialState(cpu=accelerator is None or accelerator.type == "mps")
+        # torch 2.6 raises where there is none to ask for
+        found = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        PartialState(cpu=not found or found.type == "mps")
     alone = mode == "off" or not dist.is_available() or not dist.is_initialized()
     if alone or dist.get_world_size() == 1:
         yield Team()
@@ -73,6 +80,7 @@ def together(mode: Mode) -> Iterator[Team]:
         raise
     finally:
         dist.destroy_process_group(group)
+        _retired[:] = [group]
 
 
 def _launched() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -20,7 +21,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from snapshot import bits, moved, snapshot
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+)
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from peft_himerge import HiMergeConfig, HiMergeError, MergePlan
@@ -81,12 +87,17 @@ class Heard:
 
 # ------------------------------------------------------------------ training is bit-identical
 
+# Older releases of transformers know the option by its old name alone.
+_KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
+CHECKPOINTING = next(
+    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _KNOWN
+)
 SETUPS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "gradient checkpointing": {"activation_checkpointing": True},
+    "gradient checkpointing": {CHECKPOINTING: True},
     "reentrant checkpointing": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        CHECKPOINTING: True,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": True},
     },
     "bf16 autocast": {"bf16": True},
     "accumulation": {"gradient_accumulation_steps": 2, "max_steps": 3, "eval_steps": 1},

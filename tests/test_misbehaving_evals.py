@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from peft_himerge import (
     merge_adapters_hi,
     score_plans,
 )
-from peft_himerge.adapters import read_adapters
+from peft_himerge.adapters import lora_layers, read_adapters
 from peft_himerge.budget import Budget
 from peft_himerge.combine import Combiner
 from peft_himerge.errors import BudgetError, ConfigError, EvalError
@@ -390,6 +391,103 @@ def test_checksums_see_every_bit_and_nothing_else() -> None:
             assert changed() == name
             raw[place] ^= 1 << 30
     assert changed() is None
+
+
+def test_structure_puts_every_kind_of_table_back() -> None:
+    model = small()
+    layer = inner(model).model.layers[1].self_attn.q_proj
+    mlp = inner(model).model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = own  # one of the user's, which the module does not have by itself
+    layer.loras = {"zh", "en"}
+    layer.merged_adapters.append("zh")
+    taken = Structure(model)
+    layer.loras |= {"more"}
+    layer.merged_adapters[:] = ["en", "zh"]
+    mlp.forward = lambda x: x
+    what, whole = taken.put_back()
+    assert str(what).startswith("changed the adapters of '")
+    assert "layers.1.self_attn.q_proj'" in str(what)
+    assert whole
+    assert layer.loras == {"zh", "en"}
+    assert layer.merged_adapters == ["zh"]
+    assert vars(mlp)["forward"] is own
+    assert taken.put_back() == (None, True)
+
+
+def test_a_hook_of_transformers_with_arguments_bound_is_theirs_too() -> None:
+    from transformers.utils import output_capturing
+
+    def ours(*_: Any) -> None:
+        pass
+
+    model = small()
+    layer = inner(model).model.layers[1]
+    taken = Structure(model)
+    theirs = functools.partial(output_capturing.maybe_install_capturing_hooks)
+    stays = layer.register_forward_hook(theirs)
+    assert taken.put_back() == (None, True)
+    assert list(layer._forward_hooks.values()) == [theirs]
+    stays.remove()
+    layer.register_forward_hook(functools.partial(ours))
+    what, whole = taken.put_back()
+    assert str(what).startswith("left a hook on '")
+    assert whole
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize(("entries", "whole"), [(1 << 16, True), ((1 << 16) + 1, False)])
+def test_a_buffer_that_was_written_to_is_put_back_if_it_is_small(entries: int, whole: bool) -> None:
+    model = small()
+    buffer = torch.zeros(entries)
+    inner(model).register_buffer("statistics", buffer)
+    taken = Structure(model)
+    buffer.add_(1.0)
+    what, found = taken.put_back()
+    assert found is whole
+    assert (what is None) == whole
+    assert whole or str(what).startswith("changed the buffer '")
+    assert float(buffer.sum()) == (0.0 if whole else entries)
+
+
+class PackedLinear(nn.Module):
+    """Quantised as bitsandbytes does on a CPU: packed anew into other memory by its first call."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.step = float(plain.weight.detach().abs().max()) / 127
+        whole = (plain.weight.detach() / self.step).round().to(torch.int8)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+        self.packed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.packed:
+            self.weight.data, self.packed = self.weight.data.T.contiguous(), True
+        return nn.functional.linear(x, self.weight.T * self.step)
+
+
+def packed() -> PeftModel:
+    model = small()
+    for layer in lora_layers(model).values():
+        layer.base_layer = PackedLinear(layer.get_base_layer())
+    return model
+
+
+def test_a_weight_that_its_own_forward_packs_anew_is_no_write() -> None:
+    model, fns = packed(), tiny.eval_fns("llama", NAMES)
+    want = score(model, fns)
+    assert score(model, fns) == want  # packed from the start
+    assert score(packed(), fns, verify=True) == want
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_write_into_a_packed_weight_is_found(verify: bool) -> None:
+    model, fns = packed(), tiny.eval_fns("llama", NAMES)
+    bad = after(lambda m: inner(m).get_parameter(FOLDED).data.add_(1), fns["en"])
+    score(model, {"zh": fns["zh"]})
+    with pytest.raises(EvalError, match=rf"task 'en' changed the weight '.*{FOLDED}'"):
+        score(model, {"en": bad}, verify=verify)
 
 
 def test_structure_tells_a_write_from_a_move() -> None:

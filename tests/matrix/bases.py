@@ -229,6 +229,13 @@ def _quantised(name: str) -> nn.Module:
         from torchao.quantization import Int8WeightOnlyConfig
 
         config = tf.TorchAoConfig(Int8WeightOnlyConfig())
+    elif name.endswith("QLoRA"):
+        config = tf.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     else:
         four = name.endswith("4-bit")
         config = tf.BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four)

@@ -85,6 +85,7 @@ QUANTISED = MappingProxyType(
         "wide llama, bitsandbytes 8-bit": "bitsandbytes",
         "wide llama, bitsandbytes 4-bit": "bitsandbytes",
         "wide llama, torchao 8-bit": "torchao",
+        "wide llama, QLoRA": "bitsandbytes",
     }
 )
 # Targets of the two adapters of each base; they overlap but differ.
@@ -216,6 +217,16 @@ def _more_than_factors() -> list[Cell]:
             **hi("target_parameters"),
         ),
         Cell(group, "activated LoRA", both=calls, **hi("alora_invocation_tokens")),
+        Cell(
+            group,
+            "experts one by one, of transformers 4",
+            "mixtral",
+            both={"target_modules": ["w1", "w2", "w3"]},
+            setup="experts of transformers 4",
+            rank=10,
+            folders=MERGED,
+            **hi("target_parameters"),
+        ),
     ]
 
 
@@ -293,7 +304,7 @@ def _dtypes() -> list[Cell]:
 
 
 def _states() -> list[Cell]:
-    group = "model"
+    group, qlora = "model", "wide llama, QLoRA"
     return [
         *(
             Cell(
@@ -305,6 +316,15 @@ def _states() -> list[Cell]:
                 needs=package,
             )
             for base, package in QUANTISED.items()
+            if base != qlora
+        ),
+        Cell(
+            group,
+            "QLoRA (NF4 twice quantised, prepare_model_for_kbit_training, after training)",
+            qlora,
+            setup="qlora",
+            precision="quantised",
+            needs=QUANTISED[qlora],
         ),
         Cell(group, "offloaded to CPU and disk", setup="offloaded"),
         Cell(group, "prepare_model_for_kbit_training", setup="kbit"),

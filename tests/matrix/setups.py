@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import nn
 
 from matrix import bases
@@ -42,12 +44,14 @@ class Made:
         plain: the base as it was before anything was done to it.
         dtype: in which a fresh process builds the base.
         dense: adapter -> its true dense deltas, where they are not those of the model's factors.
+        filed: adapter -> the dense deltas of its folder, where PEFT makes others of it on loading.
     """
 
     model: PeftModel
     plain: nn.Module
     dtype: torch.dtype
     dense: oracle.Table | None = None
+    filed: oracle.Table | None = None
 
     def table(self) -> oracle.Table:
         """Return adapter -> module -> dense delta."""
@@ -158,6 +162,30 @@ def _odd(cell: Cell, folder: Path) -> Made:
     return Made(model.eval(), bases.build(cell.base), torch.float32)
 
 
+def _experts_of_4(cell: Cell, folder: Path) -> Made:
+    """Adapters of single experts, as transformers 4 named them; PEFT fuses them on loading."""
+    base = bases.build(cell.base)
+    shapes = {"w1": (32, 24), "w3": (32, 24), "w2": (24, 32)}
+    filed: oracle.Table = {}
+    for name, spec in specs_of(cell).items():
+        rank, scaling = spec["r"], spec["alpha"] / spec["r"]
+        factors, filed[name] = {}, {}
+        for layer, expert, w in itertools.product(range(2), range(3), shapes):
+            path = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{w}"
+            out, width = shapes[w]
+            a = torch.randn(rank, width, generator=bases.drawn(name, path, "A"))
+            b = torch.randn(out, rank, generator=bases.drawn(name, path, "B")) * 0.05
+            stem = f"base_model.model.{path}.lora_"
+            factors |= {f"{stem}A.weight": a, f"{stem}B.weight": b}
+            filed[name][path] = scaling * b.double() @ a.double()
+        config = LoraConfig(r=rank, lora_alpha=spec["alpha"], target_modules=spec["target_modules"])
+        config.save_pretrained(folder / name)
+        save_file(factors, folder / name / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(base, folder / "zh", "zh")
+    model.load_adapter(folder / "en", "en")
+    return Made(model.eval(), bases.build(cell.base), torch.float32, filed=filed)
+
+
 def _biases(cell: Cell, folder: Path) -> Made:
     """Trained biases: PEFT allows them in the first adapter alone."""
     specs = specs_of(cell)
@@ -239,11 +267,26 @@ def _offloaded(cell: Cell, folder: Path) -> Made:
 
 
 def _quantised(cell: Cell, folder: Path) -> Made:
+    model = on_quantised(bases.build(cell.base), cell, folder)
+    return Made(model.eval(), bases.build(cell.base), torch.float32)
+
+
+def on_quantised(base: nn.Module, cell: Cell, folder: Path) -> PeftModel:
+    """Load adapters whose size is drawn to fit the plain base's weights."""
     plain = tiny.add_adapters(bases.build("wide llama"), specs_of(cell))
     plain.save_pretrained(folder)
-    model = PeftModel.from_pretrained(bases.build(cell.base), folder / "zh", "zh")
+    model = PeftModel.from_pretrained(base, folder / "zh", "zh", is_trainable=True)
     model.load_adapter(folder / "en", "en")
-    return Made(model.eval(), bases.build(cell.base), torch.float32)
+    return model
+
+
+def _qlora(cell: Cell, folder: Path) -> Made:
+    """As training ends: on a prepared 4-bit base, in training mode, with gradients."""
+    base = prepare_model_for_kbit_training(bases.build(cell.base))
+    model = on_quantised(base, cell, folder).train()
+    batch = bases.inputs(cell.base, "zh")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return Made(model, bases.build(cell.base), torch.float32)
 
 
 def _kbit(cell: Cell, folder: Path) -> Made:
@@ -303,12 +346,14 @@ SETUPS: Mapping[str, Callable[[Cell, Path], Made]] = {
     "converted": _converted,
     "densified": _densified,
     "odd": _odd,
+    "experts of transformers 4": _experts_of_4,
     "biases": _biases,
     "replicated": _replicated,
     "other type": _other_type,
     "narrow adapters": _narrow,
     "offloaded": _offloaded,
     "quantised": _quantised,
+    "qlora": _qlora,
     "kbit": _kbit,
     "compiled in place": _compiled_in_place,
     "compiled": _compiled,

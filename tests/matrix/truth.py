@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from matrix import bases
 
 __all__ = ["activated", "add_carried", "of_plan", "weighted_sum", "wide", "with_deltas"]
+
+# An expert as transformers 4 named it: layer, number, which of its weights.
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])")
 
 
 def weighted_sum(table: oracle.Table, weights: Mapping[str, float]) -> oracle.Deltas:
@@ -57,10 +61,22 @@ def _number(plain: nn.Module, key: str) -> Tensor:
 def with_deltas(twin: nn.Module, deltas: oracle.Deltas) -> nn.Module:
     """Add the deltas to a float64 model; a weight tied to a changed one keeps its value."""
     for path, delta in deltas.items():
+        if (single := _EXPERT.fullmatch(path)) is not None:
+            _add_expert(twin, *single.groups(), delta)
+            continue
         module = twin.get_submodule(path)
         moved = module.weight.detach() + oracle.weight_delta(module, delta)
         module.weight = nn.Parameter(moved, requires_grad=False)
     return twin
+
+
+def _add_expert(twin: nn.Module, layer: str, expert: str, name: str, delta: Tensor) -> None:
+    """Mixtral's w1 and w3 are the halves of the fused gate_up_proj, w2 is down_proj."""
+    fused = twin.get_submodule(f"model.layers.{layer}.mlp.experts")
+    down, width = fused.down_proj, fused.gate_up_proj.shape[1] // 2
+    rows = {"w1": slice(0, width), "w3": slice(width, None), "w2": slice(None)}[name]
+    with torch.no_grad():
+        (down if name == "w2" else fused.gate_up_proj)[int(expert), rows] += delta
 
 
 def activated(twin: nn.Module, deltas: oracle.Deltas, first: int) -> nn.Module:
