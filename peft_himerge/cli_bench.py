@@ -28,7 +28,8 @@ def bench(
         list[str] | None, typer.Option(help="Tasks to merge, as trec+thucnews; once per setting.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Only this contender; once per contender.")
+        list[str] | None,
+        typer.Option(help="Only this contender (or: ablations); may be repeated."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Validation rows per task and score.")] = 48,
     test_rows: Annotated[int, typer.Option(min=1, help="Test rows per task.")] = 200,

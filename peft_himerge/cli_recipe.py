@@ -152,6 +152,9 @@ def plan_recipe(
     _warn(Console(stderr=True), examined)
     if examined.cost is not None:
         print_cost(screen, examined.cost)
+        if recipe.focus:
+            rows = sum(len(made.rows) for made in examined.inputs.values())
+            screen.print(f"focus: it runs the model on {rows} rows before")
     elif examined.inputs:
         rows = sum(len(made.rows) for made in examined.inputs.values())
         screen.print(
@@ -228,7 +231,7 @@ def sweep_recipe(
         RecipeError: it cannot be run.
         ConfigError: nothing decides its merge, so nothing can be searched.
     """
-    from .recipe import hi_config, load_model
+    from .recipe import start
 
     examined = _examined(path, (), evals, include_path)
     recipe = examined.recipe
@@ -236,9 +239,8 @@ def sweep_recipe(
         raise ConfigError(
             f"a sweep needs scores, but no validation data decides the merge of {str(path)!r}."
         )
-    eval_fns = {name: task.fn for name, task in examined.validation.items()}
-    options = hi_config(recipe).model_dump(exclude_defaults=True)
-    return options, load_model(examined), recipe.folders, eval_fns
+    begun = start(examined)
+    return dict(begun.options), begun.model, begun.sources(recipe.folders), begun.eval_fns
 
 
 def validate(

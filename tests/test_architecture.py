@@ -162,7 +162,7 @@ ROOMS: dict[str, set[str]] = {
     "recipe": {
         *("adapters", "batches", "budget", "carried", "config", "errors", "evals", "events"),
         *("factors", "files", "folders", "hi", "json_file", "merging", "methods", "names"),
-        *("offline", "outputs", "preview", "probe"),
+        *("export", "focus", "offline", "outputs", "preview", "probe"),
         *("processes", "report", "request", "result", "scoring", "search", "tracking", "yaml_file"),
     },
     # floor 9: front doors
@@ -184,7 +184,7 @@ ROOMS: dict[str, set[str]] = {
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "focus", "hi"),
         *("identity", "json_file", "methods", "outputs", "plan", "probe", "request", "result"),
-        *("folders", "scoring", "trials"),
+        *("conflict", "contribution", "folders", "scoring", "trials"),
     },
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},
@@ -249,6 +249,7 @@ MODELS = {
 DOORS: dict[str, set[str]] = {
     "torch": set(ROOMS) - NO_TORCH,
     "numpy": {
+        "bench",
         "evals",
         "identity",
         "journal",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,15 +23,16 @@ from typer.testing import CliRunner
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.bench import own, run_bench
-from peft_himerge.bench.lineup import LINEUP, choose
+from peft_himerge.bench.lineup import ABLATIONS, LINEUP, choose
 from peft_himerge.bench.run import Options
-from peft_himerge.bench.table import read_settings, render, summarise
+from peft_himerge.bench.table import Line, overview, read_settings, render, summarise
+from peft_himerge.bench.tasks import load_tasks
 from peft_himerge.bench.train import train_tasks
 from peft_himerge.cli import app
 from peft_himerge.demo.loop import TrainSettings
 from peft_himerge.demo.questions import Splits
 from peft_himerge.errors import ConfigError
-from peft_himerge.evals import MultipleChoiceRow, load_rows, multiple_choice
+from peft_himerge.evals import MultipleChoiceRow, likelihood, load_rows, multiple_choice
 from peft_himerge.methods.registry import get_method
 
 ROWS, TEST = 6, 10
@@ -124,6 +126,20 @@ def test_states_are_what_plain_peft_scores(root: Path, done: Path) -> None:
     assert lines["two"].values["one"][0] == pytest.approx(_accuracy(model.eval(), "one", root))
 
 
+def test_text_is_chosen_by_likelihood_and_judged_by_what_is_written(root: Path) -> None:
+    tokenizer, model = bytewise.tokenizer(), bytewise.llama()
+    sizes = {"rows": ROWS, "test_rows": TEST, "max_new_tokens": 4}
+    smooth = load_tasks(root / "data", ["text"], tokenizer, **sizes)["text"]
+    rows = load_rows(root / "data" / "text", "likelihood", split="validation", limit=ROWS)
+    by_hand = likelihood(rows, tokenizer, max_references=1, with_end=True)(model)
+    chosen_by = smooth.validation(model)[smooth.guide]
+    torch.testing.assert_close(chosen_by, by_hand["probability"])
+    measured = load_tasks(root / "data", ["text"], tokenizer, guide="measure", **sizes)["text"]
+    assert (measured.guide, smooth.measure) == ("text_match", "text_match")
+    assert len(measured.validation(model)["text_match"]) == ROWS
+    assert smooth.test(model)["text_match"] == measured.test(model)["text_match"]
+
+
 def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(root / "base")
     model = PeftModel.from_pretrained(base, str(root / "adapters" / "one"), adapter_name="one")
@@ -209,7 +225,11 @@ def test_tables_hold_ranks_shares_and_all_settings(done: Path) -> None:
     assert best.rank == min(s.rank for s in summarise(settings))
     text = render(done)
     assert text.startswith("**All 2 settings**")
-    assert f"| {best.title} | {best.mean:.3f} |" in text
+    first, second = (x.mean for n in settings for x in settings[n] if x.title == best.title)
+    row = f"| {best.title} | {first:.3f} | {second:.3f} | {best.kept:.0%} | {best.rank:.1f} |"
+    assert row in text
+    own = [line.values[line.name][0] for line in settings["one+two"] if line.name in ("one", "two")]
+    assert f"| each adapter alone, on its own task | {sum(own) / 2:.3f} |" in text
     assert "Hi-Merging, careful, LoRA of rank" in text
 
 
@@ -229,6 +249,22 @@ def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
     assert lines["a"].kept == pytest.approx((1.0 + 0.2) / 2)
     assert lines["a+b"].title == "trained on the mixed data"
     assert lines["ties"].rank == 1.0
+    assert overview(tmp_path) == ""
+    cell("merges/b+a/average.json", a=0.4, b=0.4)
+    table = overview(tmp_path).splitlines()
+    assert "| trained on the mixed data | 0.600 |  |  |  |" in table
+    assert "| TIES | 0.500 |  |  |  |" in table
+    assert "| average |  | 0.400 |  |  |" in table
+
+
+def test_average_ranks_are_among_those_of_every_setting() -> None:
+    def line(name: str, mean: float) -> Line:
+        return Line(name, name, {"t": (mean, None)}, mean, 1.0, rank=9.0)
+
+    first = [line("ties", 0.5), line("average", 0.6), line("wudi", 0.7), line("widen", 0.55)]
+    found = summarise({"a": first, "b": [line("ties", 0.5), line("average", 0.4)]})
+    assert {s.title: s.rank for s in found} == {"ties": 1.5, "average": 1.5}
+    assert {s.title: s.mean for s in found} == pytest.approx({"ties": 0.5, "average": 0.5})
 
 
 def test_command_line_makes_the_same_cells_and_a_table(root: Path, done: Path) -> None:
@@ -310,6 +346,70 @@ def test_every_contender_of_the_lineup_is_there_once_and_its_options_exist() -> 
             get_method(contender.method).check(contender.choices)
     assert "slerp" not in [c.name for c in choose((), 3)]
     assert [c.name for c in choose(("ties", "average"), 2)] == ["average", "ties"]
+    with pytest.raises(ConfigError, match=r"'hi_model_wize'.*Did you mean 'hi_model_wise'"):
+        choose(("hi_model_wize",), 2)
+
+
+def test_ablations_change_options_of_one_variant_and_are_run_when_named() -> None:
+    assert choose(("ablations",), 2) == ABLATIONS
+    assert [c.name for c in choose(("hi_two_se", "ties"), 2)] == ["ties", "hi_two_se"]
+    assert choose((), 2) == LINEUP
+    whole = {c.hi.model_dump_json() for c in LINEUP if c.hi}
+    made = [c.hi.model_dump_json() for c in ABLATIONS if c.hi]
+    assert len({*made, *whole}) == len(ABLATIONS) + len(whole)
+
+
+def test_ablations_have_a_table_of_their_own_and_no_rank(root: Path, tmp_path: Path) -> None:
+    names = ("plain_sum", "hi_paper", "hi_model_wise", "hi_layer_wise")
+    cells, _ = bench(root, tmp_path, [["one", "two"]], contenders=names)
+    lines = {line.name: line for line in read_settings(cells)["one+two"]}
+    assert {n for n, line in lines.items() if line.rank is not None} == {"plain_sum", "hi_paper"}
+    place = cells / "merges" / "one+two"
+    found = {n: json.loads((place / f"{n}.json").read_text())["chosen"] for n in names[2:]}
+    assert found["hi_model_wise"]["layers_edited"] == 0
+    whole = {"density": 1.0, "scale": 1.0}
+    assert found["hi_layer_wise"]["adapters"] == {"one": whole, "two": whole}
+    first, second = render(cells).split("**one+two: one option changed**")
+    assert "model-wise only" in second
+    assert "| Hi-Merging, as published |" in second
+    assert "model-wise only" not in first
+    assert "plain sum" not in second
+
+
+def test_quick_is_a_small_run_of_everybody(root: Path, tmp_path: Path) -> None:
+    folders = [f"--{name}={root / name}" for name in ("base", "adapters", "data")]
+    command = ["bench", f"--out={tmp_path}", *folders, "--setting=one+two", "--quick"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    ranked = [x.name for x in read_settings(tmp_path / "cells")["one+two"] if x.rank is not None]
+    assert ranked == [contender.name for contender in LINEUP]
+    for path in (tmp_path / "cells" / "merges").rglob("*.json"):
+        cell = json.loads(path.read_text())
+        sizes = {name: cell["options"][name] for name in ("rows", "test_rows", "budget")}
+        assert sizes == {"rows": 16, "test_rows": 32, "budget": 8}
+        assert cell["scores_computed"] <= 8 or path.stem.startswith("hi_")
+
+
+def test_script_says_how_stable_the_analysis_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Path(__file__).parents[1] / "examples" / "bench" / "stability.py"
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    out = tmp_path / "found.json"
+    sizes = ["--rows=16", "--draws=2", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", [str(script), "one", "two", *folders, *sizes])
+    runpy.run_path(str(script), run_name="__main__")
+    told = json.loads(out.read_text())
+    assert (told["setting"], told["rows"], set(told["stability"])) == (
+        "one+two",
+        16,
+        {"0.0", "2se"},
+    )
+    for rows in told["stability"].values():
+        assert [(r["metric"], r["rows"]) for r in rows] == [
+            (metric, 8) for metric in ("accuracy", "probability", "log_likelihood")
+        ]
+        assert all(0 <= r["kinds"] <= 1 and -1 <= r["order"] <= 1 for r in rows)
 
 
 def _train(root: Path, out: Path, *more: str) -> dict[str, Any]:

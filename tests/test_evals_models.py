@@ -35,6 +35,7 @@ from peft_himerge.evals import (
     TokenRow,
     embedding_similarity,
     generation,
+    likelihood,
     multiple_choice,
     perplexity,
     sequence_classification,
@@ -242,6 +243,61 @@ def test_generation_refuses_more_tokens_than_the_model_has_positions() -> None:
     eval_fn = generation(PROMPTS, TOKENIZER, max_new_tokens=bytewise.POSITIONS - 10)
     with pytest.raises(EvalError, match=r"positions \(max_position_embeddings\).*Lower"):
         eval_fn(bytewise.gpt2())
+
+
+def test_generation_gives_the_head_contiguous_input_and_takes_its_hook_away() -> None:
+    model = bytewise.llama()
+    seen: list[bool] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
+    generation(PROMPTS, TOKENIZER, max_new_tokens=3)(model)
+    handle.remove()
+    assert len(seen) >= 3
+    assert all(seen)
+    assert not head._forward_pre_hooks
+
+
+# -------------------------------------------------------------------------------------- likelihood
+
+
+def mean_log_probability(model: nn.Module, prompt: str, answer: str, end: bool) -> float:
+    ids = row_ids(prompt + answer) + [TOKENIZER.eos_token_id] * end
+    table = logits_of(model, ids).log_softmax(-1)
+    each = [float(table[k - 1, ids[k]]) for k in range(len(row_ids(prompt)), len(ids))]
+    return math.fsum(each) / len(each)
+
+
+@pytest.mark.parametrize("kind", bytewise.CAUSAL)
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("end", [False, True])
+def test_likelihood_is_that_of_the_likeliest_answer(kind: str, batch_size: int, end: bool) -> None:
+    model = bytewise.CAUSAL[kind](torch.float64)
+    found = likelihood(PROMPTS, TOKENIZER, batch_size=batch_size, separator="", with_end=end)(model)
+    for i, row in enumerate(PROMPTS):
+        each = [mean_log_probability(model, row.prompt, text, end) for text in row.references]
+        assert float(found["log_likelihood"][i]) == pytest.approx(max(each), abs=1e-6)
+        assert float(found["probability"][i]) == pytest.approx(math.exp(max(each)), abs=1e-6)
+
+
+def test_likelihood_reads_the_first_answers_after_a_separator() -> None:
+    model = bytewise.llama(torch.float64)
+    found = likelihood(PROMPTS, TOKENIZER, max_references=1, separator="\n")(model)
+    for i, row in enumerate(PROMPTS):
+        expected = mean_log_probability(model, row.prompt, "\n" + row.references[0], False)
+        assert float(found["log_likelihood"][i]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_likelihood_knows_which_answer_a_model_was_trained_on() -> None:
+    model = bytewise.llama()
+    ids = torch.tensor([row_ids("say: yes")])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    rows = [GenerationRow("say:", (text,)) for text in ("yes", "no", "maybe")]
+    scores = likelihood(rows, TOKENIZER)(model)["probability"].tolist()
+    assert scores[0] > 0.5 > max(scores[1:])
 
 
 # -------------------------------------------------------------------------------------- perplexity
@@ -574,6 +630,7 @@ def peft_of(base: nn.Module, **options: Any) -> PeftModel:
 CAUSAL_EVALS: dict[str, Any] = {
     "multiple_choice": lambda: multiple_choice(CHOICES, TOKENIZER, batch_size=2),
     "generation": lambda: generation(PROMPTS, TOKENIZER, max_new_tokens=6, batch_size=2),
+    "likelihood": lambda: likelihood(PROMPTS, TOKENIZER, batch_size=2),
     "perplexity": lambda: perplexity(PARAGRAPHS, TOKENIZER, max_length=9),
     "embedding_similarity": lambda: embedding_similarity(PAIRS, TOKENIZER, pooling="last"),
 }
@@ -640,7 +697,7 @@ def test_fold_lazy_and_shared_blocks_give_the_same_scores(name: str) -> None:
             results.append(rows)
             assert not cache or probe.blocks.skipped > 0
     assert results[0] == results[1] == results[2]
-    if name in ("multiple_choice", "perplexity"):
+    if name in ("multiple_choice", "likelihood", "perplexity"):
         assert len({value for value, _ in results[0]}) == len(plans)
 
 
@@ -675,6 +732,10 @@ def test_fingerprints_differ_where_scores_may() -> None:
         generation(PROMPTS, TOKENIZER, max_new_tokens=6, batch_size=2, stop=["."]),
         generation(PROMPTS, TOKENIZER, max_new_tokens=6, batch_size=2, stemmer=True),
         generation(PROMPTS, TOKENIZER, max_new_tokens=6, batch_size=2, lang="zh"),
+        likelihood(PROMPTS[:2], TOKENIZER, batch_size=2),
+        likelihood(PROMPTS, TOKENIZER, batch_size=2, max_references=1),
+        likelihood(PROMPTS, TOKENIZER, batch_size=2, separator=""),
+        likelihood(PROMPTS, TOKENIZER, batch_size=2, with_end=True),
         perplexity(PARAGRAPHS, TOKENIZER, max_length=10),
         embedding_similarity(PAIRS, TOKENIZER, pooling="mean"),
         embedding_similarity(PAIRS[:4], TOKENIZER, pooling="last"),
@@ -696,6 +757,8 @@ def test_fingerprints_differ_where_scores_may() -> None:
         (lambda: generation(PROMPTS, TOKENIZER, stop="x"), "stop must be a list"),
         (lambda: generation(PROMPTS, TOKENIZER, stop=[""]), "stop must be a list"),
         (lambda: generation(PROMPTS, TOKENIZER, max_new_tokens=0), "max_new_tokens"),
+        (lambda: likelihood([], TOKENIZER), "at least one row"),
+        (lambda: likelihood(PROMPTS, TOKENIZER, max_references=0), "max_references"),
         (lambda: perplexity("one text", TOKENIZER), "put it in brackets"),
         (lambda: perplexity([""], TOKENIZER), "fewer than two tokens"),
         (lambda: perplexity(PARAGRAPHS, TOKENIZER, max_length=1), "at least 2"),

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import peft_himerge
 from peft_himerge import HiMergeConfig
+from peft_himerge.bench.table import read_settings
 from peft_himerge.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,23 @@ def test_the_benchmark_table_is_made_from_the_results() -> None:
 
 def test_the_comparison_is_made_from_its_cells() -> None:
     _, _, rest = README.partition("<!-- comparison -->\n")
-    assert rest.partition("\n<!-- end -->")[0] == script("examples", "bench", "table.py").text()
+    made = script("examples", "bench", "table.py")
+    assert rest.partition("\n<!-- end -->")[0] == made.text()
+    assert made.TABLES.read_text(encoding="utf-8") == made.tables()
+
+
+def test_the_picture_of_the_comparison_shows_its_cells() -> None:
+    figure = script("examples", "bench", "figure.py")
+    assert f"cells {figure.digest()}" in figure.PICTURE.read_text(encoding="utf-8")
+
+
+def test_the_picture_is_drawn_from_the_cells(tmp_path: Path) -> None:
+    figure = script("examples", "bench", "figure.py")
+    text = figure.draw(picture=tmp_path / "again.svg").read_text(encoding="utf-8")
+    assert f"cells {figure.digest()}" in text
+    for setting, lines in read_settings(figure.CELLS).items():
+        assert setting in text
+        assert all(line.title in text for line in lines if line.rank is not None)
 
 
 def test_both_commands_use_the_constraints_file() -> None:

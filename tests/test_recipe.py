@@ -19,11 +19,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from peft_himerge import HiMergeConfig, list_methods, merge_adapters, merge_adapters_hi
+from peft_himerge import (
+    HiMergeConfig,
+    focus_adapters,
+    list_methods,
+    merge_adapters,
+    merge_adapters_hi,
+)
 from peft_himerge.cli import app, main
+from peft_himerge.cli_recipe import sweep_recipe
 from peft_himerge.errors import BudgetError, ConfigError
 from peft_himerge.evals import ClassificationRow, load_rows, multiple_choice
 from peft_himerge.folders import load_peft_model
@@ -76,7 +84,7 @@ def test_the_recipes_that_were_promised_are_shipped() -> None:
     assert {name.removesuffix(".yaml") for name in MERGES} == {
         *("two_tasks", "three_tasks", "model_wise_only", "bilingual_multiple_choice"),
         *("multiple_choice_generation", "perplexity_only", "sequence_classification"),
-        "drop_in_ties",
+        *("drop_in_ties", "focused"),
     }
 
 
@@ -123,7 +131,8 @@ def test_a_shipped_recipe_merges_on_tiny_models(
     done = run_recipe(found, [events.append])
     if recipe.is_scored:
         for task, spec in recipe.tasks.items():  # what the rules know is what a kind gives
-            given = set(done.result.states["base"][task].metrics)
+            scored = f"{task}_focused" if recipe.focus else task
+            given = set(done.result.states["base"][scored].metrics)
             assert given == set(KINDS[spec.kind].metrics)
     tested = {name for name, task in recipe.tasks.items() if task.test}
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -190,6 +199,66 @@ def test_a_recipe_is_what_python_would_do(shop: Callable[[str], Path], tmp_path:
         assert done.test.states["merged"][task].value == pytest.approx(float(merged), abs=1e-12)
         assert done.test.states["base"][task].value == pytest.approx(float(base), abs=1e-12)
         assert done.test.states[task][task].value == pytest.approx(float(alone), abs=1e-12)
+
+
+def test_a_focused_recipe_is_what_python_would_do_and_can_be_replayed(
+    shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name, out = shop("focused.yaml"), "focused.yaml", tmp_path / "out"
+    own = "options.scale={en: 0.5, zh: 0.75}"
+    given = [*sets(root, name, out), own, "options.density={en: 1.0, zh: 0.5}", "rank=3"]
+    found = examine(read_recipe(RECIPES / name, given))
+    assert {task: len(made.rows) for task, made in found.inputs.items()} == {"en": 4, "zh": 4}
+    done = run_recipe(found)
+    folders = {task: root / "adapters" / task for task in ("en", "zh")}
+    model, tokenizer = load_peft_model(root / "models" / "base", folders)
+    rows = {
+        task: load_rows(root / "data" / f"{task}.validation.jsonl", "multiple_choice")
+        for task in folders
+    }
+    inputs = {
+        task: [
+            {
+                k: torch.tensor([v])
+                for k, v in tokenizer(row.prompt).items()
+                if k != "token_type_ids"
+            }
+            for row in some
+        ]
+        for task, some in rows.items()
+    }
+    focused = focus_adapters(model, ["en", "zh"], inputs)
+    config = HiMergeConfig(
+        variant="joint",
+        density={"en_focused": 1.0, "zh_focused": 0.5},
+        scale={"en_focused": 0.5, "zh_focused": 0.75},
+        metric="probability",
+        rank=3,
+        max_export_drop=None,
+    )
+    wanted = merge_adapters_hi(
+        model,
+        list(focused.values()),
+        {focused[task]: multiple_choice(some, tokenizer) for task, some in rows.items()},
+        config=config,
+    )
+    for state, scores in wanted.scores.items():
+        assert done.result.scores[state] == pytest.approx(scores, abs=1e-4)
+    assert list(done.result.plan.adapters) == ["en_focused", "zh_focused"]
+    again = tmp_path / "again"
+    parts = [f"--adapter={n}={out / 'focused' / n}" for n in ("en_focused", "zh_focused")]
+    command = ["apply", str(out / "plan.json"), *parts, f"--out={again}", "--rank=3"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (out, again))
+    for key in [key for key in first if "lora_A" in key]:
+        other = key.replace("lora_A", "lora_B")
+        torch.testing.assert_close(
+            first[other] @ first[key], second[other] @ second[key], atol=1e-5, rtol=1e-4
+        )
+    flags = [part for change in given for part in ("--set", change)]
+    shown = CliRunner().invoke(app, ["plan", str(RECIPES / name), *flags])
+    assert "focus: it runs the model on 8 rows before" in shown.output
 
 
 def test_a_method_of_the_registry_is_what_python_would_do(
@@ -503,11 +572,15 @@ def test_all_faults_are_told_at_once() -> None:
         ("two_tasks", "method=regmean", "options.accept", "'regmean' has no such option"),
         ("three_tasks", "method=regmean", "tasks.general.validation", "give it as test"),
         ("sequence_classification", "method=regmean", "tasks.mood.kind",
-         "Allowed: multiple_choice, perplexity, generation; or call merge_adapters"),
+         "Allowed: multiple_choice, perplexity, generation, likelihood; or call merge_adapters"),
         ("multiple_choice_generation", "method=atlas", "tasks.writer.kind",
          "Allowed: multiple_choice, perplexity; or call"),
         ("multiple_choice_generation", "method=regmean", "tasks.writer.metric", "give test_metric"),
         ("drop_in_ties", "method=greedy_soup", "tasks.en", "data for every adapter."),
+        ("focused", "method=ties", "focus", "only Hi-Merging with validation data reads it"),
+        ("focused", "focus=1", "focus", "valid boolean"),
+        ("focused", "tasks.en={kind: lm_eval_task, validation: x, metric: acc}", "tasks.en.kind",
+         "Allowed: multiple_choice, perplexity, generation, likelihood; leave focus out"),
         ("two_tasks", "name=en", "name", "has an adapter 'en' already"),
         ("two_tasks", "name=base", "name", "means the base model"),
         ("two_tasks", "adapters.exported=x", "adapters", "means a state of the merge"),
@@ -858,6 +931,29 @@ def test_warnings_are_shown_and_markup_in_names_does_no_harm(
     shown = CliRunner().invoke(app, ["validate", str(RECIPES / name), *flags[:-2]])
     assert shown.exit_code == 0
     assert "warning" in shown.output
+
+
+def test_a_sweep_starts_from_what_a_recipe_says_and_nothing_else(
+    shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name = shop("focused.yaml"), "focused.yaml"
+    more = ["options={variant: joint, search_target: own, scale: {en: 0.5, zh: 1.0}, "]
+    more[0] += "density: {en: 1.0, zh: 0.5}}"
+    told = read_recipe(RECIPES / name, [*workshop.pointed(root, name), *more])
+    (tmp_path / name).write_text(
+        yaml.safe_dump(told.model_dump(exclude_defaults=True)), encoding="utf-8"
+    )
+    options, model, folders, eval_fns = sweep_recipe(tmp_path / name, None, None)
+    assert options == {
+        "variant": "joint",
+        "search_target": "own",
+        "scale": {"en_focused": 0.5, "zh_focused": 1.0},
+        "density": {"en_focused": 1.0, "zh_focused": 0.5},
+        "rank": "auto",
+        "metric": {"en_focused": "probability", "zh_focused": "probability"},
+    }
+    assert set(eval_fns) == set(folders) == {"en_focused", "zh_focused"}
+    assert set(model.peft_config) == {"en", "zh", *eval_fns}
 
 
 def test_a_sweep_varies_the_options_of_a_recipe(

@@ -1,17 +1,21 @@
-"""The README's table of the comparison, from the cells: `python examples/bench/table.py`."""
+"""Tables of the comparison, from the cells: `python examples/bench/table.py`.
+
+Prints what stands in the README, and writes the tables of all settings to tables.md.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from peft_himerge.bench.table import render
+from peft_himerge.bench.table import details, overview
 
 CELLS = Path(__file__).with_name("cells")
+TABLES = Path(__file__).with_name("tables.md")
 
 
 def text(cells: Path = CELLS) -> str:
-    """Return what the cells were computed with, and their tables, as markdown.
+    """Return what the cells were computed with, and their overview, as markdown.
 
     Raises:
         ValueError: the cells were computed with different sizes, so that one table would mislead.
@@ -27,8 +31,14 @@ def text(cells: Path = CELLS) -> str:
         f"{sizes['budget']} scores for a method of the registry, {sizes['test_rows']} test rows, "
         f"base in {sizes['dtype']}, seed {sizes['seed']}; {hours:.1f} hours on shared CPU cores."
     )
-    return f"{told}\n\n{render(cells).strip()}"
+    return f"{told}\n\n{(overview(cells) or details(cells)).strip()}"
+
+
+def tables(cells: Path = CELLS) -> str:
+    """Return the tables of all settings as markdown."""
+    return f"# The comparison, setting by setting\n\n{text(cells)}\n\n{details(cells)}"
 
 
 if __name__ == "__main__":
     print(text())
+    TABLES.write_text(tables(), encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 from ..config import HiMergeConfig
 from ..errors import ConfigError, suggest
 
-__all__ = ["LINEUP", "Contender", "choose"]
+__all__ = ["ABLATIONS", "LINEUP", "Contender", "choose"]
 
 _WEIGHTS = (0.3, 0.5, 0.7, 1.0, 1.5)  # above 1 too: an adapter may need more than it does alone
 _DENSITIES = (0.2, 0.5, 0.8)
@@ -108,22 +108,48 @@ LINEUP: tuple[Contender, ...] = (
 )
 
 
+def _ablation(name: str, title: str, **changed: Any) -> Contender:
+    return Contender(f"hi_{name}", title, hi=HiMergeConfig(**changed))
+
+
+ABLATIONS: tuple[Contender, ...] = (
+    # No gamma reaches this tolerance, so that no layer is edited.
+    _ablation("model_wise", "as published, model-wise only", tolerance=1e6),
+    _ablation("layer_wise", "as published, layer-wise only", density=1.0, scale=1.0),
+    _ablation("scope_layer", "density per layer", prune_scope="layer"),
+    _ablation("scope_module", "density per module", prune_scope="module"),
+    _ablation("degraded", "partial conflict: the degraded is pruned", partial_target="degraded"),
+    _ablation("each", "layers measured again after each edit", reanalyze="each"),
+    _ablation("gain", "contributions per gain", normalize="gain"),
+    _ablation("one_se", "conflicts of 1 standard error or more", tolerance="1se"),
+    _ablation("two_se", "conflicts of 2 standard errors or more", tolerance="2se"),
+    _ablation("no_regression", "edits kept if the mean does not fall", accept="no_regression"),
+    _ablation("best", "edits by the best of several", accept="best"),
+    _ablation("merged_search", "search on the merged model", search_target="merged"),
+    _ablation(
+        "joint_model", "joint, model-wise only", variant="joint", accept="always", tolerance=1e6
+    ),
+    _ablation("joint_layer", "joint, layer-wise only", variant="joint", density=1.0, scale=1.0),
+)
+"""Hi-Merging with one option changed; run only if they are named, and ranked with nobody."""
+
+
 def choose(names: Sequence[str], adapters: int) -> tuple[Contender, ...]:
-    """Return the contenders of these names, in the order of the table; all if none is named.
+    """Return the contenders of these names, in the order of the table; `LINEUP` if none is named.
 
     Args:
-        names: names of `LINEUP`.
+        names: names of `LINEUP`, or of `ABLATIONS`; "ablations" is all of those.
         adapters: how many adapters are merged; who cannot merge as many is left out.
 
     Raises:
         ConfigError: a name is not known.
     """
-    known = {contender.name: contender for contender in LINEUP}
-    for name in names:
+    known = {contender.name: contender for contender in (*LINEUP, *ABLATIONS)}
+    every = [contender.name for contender in ABLATIONS]
+    chosen = [one for name in names for one in (every if name == "ablations" else [name])]
+    for name in chosen:
         if name not in known:
-            raise ConfigError(f"there is no contender {name!r}.{suggest(name, known)}")
-    return tuple(
-        c
-        for c in LINEUP
-        if (not names or c.name in names) and (c.most is None or adapters <= c.most)
-    )
+            hint = suggest(name, [*known, "ablations"])
+            raise ConfigError(f"there is no contender {name!r}.{hint}")
+    taking_part = [c for c in known.values() if c.name in chosen] if chosen else LINEUP
+    return tuple(c for c in taking_part if c.most is None or adapters <= c.most)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .lineup import LINEUP
+from .lineup import ABLATIONS, LINEUP, Contender
 
-__all__ = ["Line", "Summary", "read_settings", "render", "summarise"]
+__all__ = ["Line", "Summary", "details", "overview", "read_settings", "render", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,9 @@ class Line:
         kept: mean share of what each adapter wins alone on its own task that is left; NaN if one
             wins nothing.
         rank: place among the contenders by `mean`, 1 is best, equal means share the mean of their
-            places; None for a state that is no contender.
+            places; None for a state, and for an ablation.
         scores: scores on validation rows it took to choose; None for a state.
+        ablation: it is one of `ABLATIONS`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Line:
     kept: float
     rank: float | None = None
     scores: int | None = None
+    ablation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Summary:
 
 
 def read_settings(cells: str | Path) -> dict[str, list[Line]]:
-    """Return setting -> lines: base, adapters alone, mixed, then contenders in the lineup's order.
+    """Return setting -> lines: base, adapters alone, mixed, contenders as in the lineup, ablations.
 
     Raises:
         ConfigError: there are no cells.
@@ -71,24 +73,33 @@ def _setting(states: Path, folder: Path) -> list[Line]:
     if base is None or any(known[task] is None for task in tasks):
         raise ConfigError(f"setting {folder.name!r} has no cells of its states yet.")
     gains = {t: (known[t] or {})[t][0] - base[t][0] for t in tasks}
-    titles = {"base": "base model", folder.name: "trained on the mixed data"}
+    titles = {"base": "base model", folder.name: _MIXED}
     lines = []
     for name, values in known.items():
         if values is not None:
             lines.append(_line(name, titles.get(name, f"{name} alone"), values, base, gains))
     contenders = []
-    for contender in LINEUP:
-        path = folder / f"{contender.name}.json"
-        if not path.is_file():
-            continue
-        cell = json.loads(path.read_text(encoding="utf-8"))
+    for contender, cell in _merges(folder, LINEUP):
         row = _line(contender.name, contender.title, _pairs(cell["test"], tasks), base, gains, cell)
         contenders.append(row)
         if "test_exported" in cell:
             pairs = _pairs(cell["test_exported"], tasks)
             title = f"{contender.title}, LoRA of rank {cell['rank']}"
             lines.append(_line(f"{contender.name}_exported", title, pairs, base, gains))
-    return [*lines, *_ranked(contenders)]
+    ablations = [
+        replace(_line(c.name, c.title, _pairs(m["test"], tasks), base, gains, m), ablation=True)
+        for c, m in _merges(folder, ABLATIONS)
+    ]
+    return [*lines, *_ranked(contenders), *ablations]
+
+
+def _merges(
+    folder: Path, contenders: Sequence[Contender]
+) -> Iterator[tuple[Contender, dict[str, Any]]]:
+    for contender in contenders:
+        path = folder / f"{contender.name}.json"
+        if path.is_file():
+            yield contender, json.loads(path.read_text(encoding="utf-8"))
 
 
 def _state(folder: Path, tasks: Sequence[str]) -> dict[str, tuple[float, float | None]] | None:
@@ -123,19 +134,21 @@ def _ranked(lines: Sequence[Line]) -> list[Line]:
         above = sum(other.mean > line.mean for other in lines)
         equal = sum(other.mean == line.mean for other in lines)
         place = above + (equal + 1) / 2
-        ranked.append(
-            Line(line.name, line.title, line.values, line.mean, line.kept, place, line.scores)
-        )
+        ranked.append(replace(line, rank=place))
     return ranked
 
 
 def summarise(settings: Mapping[str, Sequence[Line]]) -> list[Summary]:
-    """Return every contender that took part in all settings, best average rank first."""
+    """Return every contender that took part in all settings, best average rank first.
+
+    Ranks are among those alone: a place in a larger field of one setting would not compare.
+    """
+    ranked = {name: [x for x in lines if x.rank is not None] for name, lines in settings.items()}
+    common = set.intersection(*({x.name for x in lines} for lines in ranked.values()))
     rows: dict[str, list[Line]] = {}
-    for lines in settings.values():
-        for line in lines:
-            if line.rank is not None:
-                rows.setdefault(line.title, []).append(line)
+    for lines in ranked.values():
+        for line in _ranked([x for x in lines if x.name in common]):
+            rows.setdefault(line.title, []).append(line)
     found = [
         Summary(
             title,
@@ -145,7 +158,6 @@ def summarise(settings: Mapping[str, Sequence[Line]]) -> list[Summary]:
             rank=_average(line.rank or 0.0 for line in lines),
         )
         for title, lines in rows.items()
-        if len(lines) == len(settings)
     ]
     return sorted(found, key=lambda s: (s.rank, -s.kept, s.title))
 
@@ -156,23 +168,54 @@ def _average(values: Iterable[float]) -> float:
 
 
 def render(cells: str | Path) -> str:
-    """Return all tables as markdown: the summary first, then one per setting."""
+    """Return all tables as markdown: the overview of several settings first, then each setting."""
+    return "\n\n".join(part for part in (overview(cells), details(cells)) if part)
+
+
+def overview(cells: str | Path) -> str:
+    """Return one table of several settings as markdown; "" for a single setting.
+
+    Every cell is the mean over the setting's tasks. "gain kept" and "average rank" are over all
+    settings, for contenders that took part in all of them, ranked among those.
+    """
     settings = read_settings(cells)
+    if len(settings) < 2:
+        return ""
+    places = {s.title: [f"{s.kept:.0%}", f"{s.rank:.1f}"] for s in summarise(settings)}
+    means: dict[str, dict[str, float]] = {"base model": {}, _ALONE: {}, _MIXED: {}}
+    for setting, lines in settings.items():
+        tasks = list(lines[0].values)
+        alone = {line.name: line.values[line.name][0] for line in lines if line.name in tasks}
+        means[_ALONE][setting] = _average(alone.values())
+        for line in lines:
+            if line.rank is not None or line.title in means:
+                means.setdefault(line.title, {})[setting] = line.mean
+    rows = []
+    for title in [*list(means)[:3], *places, *(t for t in list(means)[3:] if t not in places)]:
+        found = [f"{means[title][s]:.3f}" if s in means[title] else "" for s in settings]
+        if any(found):
+            rows.append([title, *found, *places.get(title, ["", ""])])
+    header = ["mean over the tasks", *settings, "gain kept", "average rank"]
+    return f"**All {len(settings)} settings**\n\n{_markdown(header, rows)}\n"
+
+
+def details(cells: str | Path) -> str:
+    """Return a table per setting as markdown, and one of its ablations if there are any."""
     parts = []
-    if len(settings) > 1:
-        rows = [
-            [s.title, f"{s.mean:.3f}", f"{s.kept:.0%}", f"{s.rank:.1f}"]
-            for s in summarise(settings)
-        ]
-        parts.append(f"**All {len(settings)} settings**\n\n" + _markdown(_SUMMARY, rows))
-    for name, lines in settings.items():
+    for name, lines in read_settings(cells).items():
         tasks = list(lines[0].values)
         header = ["state", *tasks, "mean", "gain kept", "rank", "scores"]
-        parts.append(f"**{name}**\n\n" + _markdown(header, [_cells(line) for line in lines]))
+        rows = [_cells(line) for line in lines if not line.ablation]
+        parts.append(f"**{name}**\n\n" + _markdown(header, rows))
+        if any(line.ablation for line in lines):
+            header = ["Hi-Merging", *tasks, "mean", "gain kept", "rank", "scores"]
+            rows = [_cells(line) for line in lines if line.ablation or line.name in _WHOLE]
+            parts.append(f"**{name}: one option changed**\n\n" + _markdown(header, rows))
     return "\n\n".join(parts) + "\n"
 
 
-_SUMMARY = ["method", "mean", "gain kept", "average rank"]
+_WHOLE = ("hi_paper", "hi_joint")  # what the ablations change
+_ALONE, _MIXED = "each adapter alone, on its own task", "trained on the mixed data"
 
 
 def _cells(line: Line) -> list[str]:

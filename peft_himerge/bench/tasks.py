@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..evals import MultipleChoiceRow, generation, load_rows, multiple_choice
+from ..evals import MultipleChoiceRow, generation, likelihood, load_rows, multiple_choice
 
 __all__ = ["BenchTask", "choice_task", "load_tasks"]
 
 # What the table shows for each kind of task, and what methods are chosen by: smooth where possible.
 _MEASURES = {"multiple_choice": "accuracy", "generation": "text_match"}
 _GUIDES = {
-    "smooth": {"multiple_choice": "probability", "generation": "text_match"},
+    "smooth": {"multiple_choice": "probability", "generation": "probability"},
     "measure": _MEASURES,
 }
 _TEXT = ("bleu", "rouge1", "rouge2", "rougeL")
@@ -66,8 +66,8 @@ def load_tasks(
         tokenizer: the base model's.
         rows: validation rows per task that methods choose by.
         test_rows: test rows per task.
-        guide: "smooth" chooses by the probability of the right answer where there is one,
-            "measure" by what the table shows.
+        guide: "smooth" chooses by the probability of the right answer, where text is generated
+            of the first reference (per token, its end included); "measure" by what the table shows.
         batch_size: sequences per forward pass.
         max_new_tokens: most tokens to generate per prompt.
 
@@ -82,9 +82,17 @@ def load_tasks(
             split: load_rows(data / name, kind, split=split, limit=limit)
             for split, limit in (("validation", rows), ("test", test_rows))
         }
-        validation, test = (
-            _function(kind, found, tokenizer, batch_size, max_new_tokens) for found in read.values()
-        )
+        test = _function(kind, read["test"], tokenizer, batch_size, max_new_tokens)
+        if kind == "generation" and guide == "smooth":
+            validation: Callable[[Any], Mapping[str, Any]] = likelihood(
+                read["validation"],
+                tokenizer,
+                batch_size=min(batch_size, 8),  # a large vocabulary fills memory
+                max_references=1,
+                with_end=True,
+            )
+        else:
+            validation = _function(kind, read["validation"], tokenizer, batch_size, max_new_tokens)
         prompts = _prompts([row.prompt for row in read["validation"]], tokenizer, batch_size)
         measure, guided = _MEASURES[kind], guides[kind]
         tasks[name] = BenchTask(name, kind, validation, test, measure, guided, prompts)

@@ -6,6 +6,7 @@ model with a fingerprint of its own, so that a journal of scores knows it again.
     builder                    rows                     what to score by
     multiple_choice            MultipleChoiceRow        accuracy, probability, log_likelihood
     generation                 GenerationRow            bleu, rouge1, rouge2, rougeL, corpus_bleu
+    likelihood                 GenerationRow            probability, log_likelihood
     perplexity                 texts                    log_likelihood
     sequence_classification    ClassificationRow        accuracy, log_likelihood, macro_f1
     token_classification       TokenRow                 accuracy, log_likelihood, macro_f1
@@ -32,6 +33,7 @@ from .embedding import embedding_similarity as embedding_similarity
 from .files import load_evals as load_evals
 from .generation import generation as generation
 from .harness import lm_eval_task as lm_eval_task
+from .likelihood import likelihood as likelihood
 from .perplexity import perplexity as perplexity
 from .rows import ClassificationRow as ClassificationRow
 from .rows import GenerationRow as GenerationRow
@@ -57,6 +59,7 @@ __all__ = [
     "bootstrap_se",
     "embedding_similarity",
     "generation",
+    "likelihood",
     "lm_eval_task",
     "load_evals",
     "load_rows",

@@ -20,6 +20,7 @@ ROW_KINDS: Mapping[str, type] = MappingProxyType(
     {
         "multiple_choice": MultipleChoiceRow,
         "generation": GenerationRow,
+        "likelihood": GenerationRow,
         "perplexity": str,
         "sequence_classification": ClassificationRow,
         "token_classification": TokenRow,

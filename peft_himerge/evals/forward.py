@@ -16,6 +16,7 @@ from ..randomness import capture, install
 __all__ = [
     "accepted_arguments",
     "check_length",
+    "contiguous_head_input",
     "eval_mode",
     "inner_model",
     "input_device",
@@ -99,6 +100,28 @@ def last_logits(
     output = model(**{name: value.to(device) for name, value in inputs.items()}, **options)
     logits: Tensor = output.logits
     return logits[:, -keep:]
+
+
+@contextmanager
+def contiguous_head_input(inner: Any) -> Iterator[None]:
+    """Let the output head read contiguous input inside the block.
+
+    `generate` keeps the last position of a prompt as a slice, for which PyTorch copies the
+    (vocabulary, width) head once per row: more than all the rest where the vocabulary is large.
+    """
+    head = inner.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def contiguous(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].contiguous(), *args[1:])
+
+    handle = head.register_forward_pre_hook(contiguous)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

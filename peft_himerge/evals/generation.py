@@ -22,6 +22,7 @@ from .base import (
 from .bootstrap import estimate
 from .forward import (
     check_length,
+    contiguous_head_input,
     eval_mode,
     inner_model,
     input_device,
@@ -159,7 +160,7 @@ def generate_texts(
     )
     texts = [""] * len(prompts)
     settings = preserved_settings(model, generation_config=options)
-    with torch.no_grad(), eval_mode(model), settings:
+    with torch.no_grad(), eval_mode(model), settings, contiguous_head_input(inner):
         for batch in batches([len(ids) for ids in prompts], batch_size):
             written = _generate(inner, [prompts[i] for i in batch], tokenizer)
             for i, text in zip(batch, written, strict=True):

@@ -14,10 +14,10 @@ from .faults import Fault as Fault
 from .faults import RecipeError as RecipeError
 from .read import read_recipe as read_recipe
 from .run import Merged as Merged
-from .run import load_model as load_model
 from .run import run_recipe as run_recipe
 from .schema import Recipe as Recipe
-from .tasks import hi_config as hi_config
+from .start import Start as Start
+from .start import start as start
 
 __all__ = [
     "Examined",
@@ -26,10 +26,10 @@ __all__ = [
     "Merged",
     "Recipe",
     "RecipeError",
+    "Start",
     "examine",
     "examine_file",
-    "hi_config",
-    "load_model",
     "read_recipe",
     "run_recipe",
+    "start",
 ]

@@ -61,7 +61,7 @@ def reads_labels(method: str, options: Mapping[str, Any]) -> bool:
 def input_kinds(method: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the kinds of tasks whose rows a method can be run on."""
     # Rows of "generation" do not say what stands between prompt and answer.
-    unlabelled = () if reads_labels(method, options) else ("generation",)
+    unlabelled = () if reads_labels(method, options) else ("generation", "likelihood")
     return ("multiple_choice", "perplexity", *unlabelled)
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from peft import PeftModel
 
 from .. import files
 from ..budget import Budget
-from ..errors import ConfigError
+from ..config import HiMergeConfig
 from ..events import AdapterSaved, Listener
-from ..folders import load_peft_model
 from ..hi import merge_adapters_hi
 from ..merging import AdapterMerge, merge_adapters
 from ..offline import FolderMerge, merge_folders
@@ -31,10 +29,11 @@ from ..tracking import WandbListener
 from .examine import Examined
 from .faults import RecipeError
 from .schema import HUB, Recipe
+from .start import load_model, start
 from .table import TestTable, score_test
 from .tasks import KINDS, hi_config
 
-__all__ = ["Merged", "load_model", "run_recipe"]
+__all__ = ["Merged", "run_recipe"]
 
 RECIPE = "recipe.yaml"
 
@@ -96,10 +95,12 @@ def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged
         config = hi_config(recipe)
         done: Any = merge_folders(recipe.folders, out, config=config, adapter_name=recipe.name)
         model = load_model(examined, {recipe.name: out}) if examined.test else None
+    elif recipe.is_hi:
+        done = _merge_hi(examined, out, listeners)
+        model = done.model
     else:
         model = load_model(examined)
-        merge = _merge_hi if recipe.is_hi else _merge_by_method
-        done = merge(examined, model, out, listeners)
+        done = _merge_by_method(examined, model, out)
     if not is_main():
         return Merged(out, done, None)
     test = None
@@ -109,24 +110,8 @@ def _run(examined: Examined, out: Path, listeners: Sequence[Listener]) -> Merged
     return Merged(out, done, test)
 
 
-def load_model(examined: Examined, further: Mapping[str, Path] | None = None) -> PeftModel:
-    """Load the base model with the recipe's adapters and `further` ones (name -> folder)."""
-    recipe = examined.recipe
-    if recipe.base is None:
-        raise ConfigError(f"{str(recipe.file)!r} names no base model.")
-    model, _ = load_peft_model(
-        recipe.place(recipe.base),
-        {**recipe.folders, **(further or {})},
-        dtype=getattr(torch, recipe.dtype),
-        bodies=bool(examined.heads),
-    )
-    return model
-
-
-def _merge_hi(
-    examined: Examined, model: PeftModel, out: Path, listeners: Sequence[Listener]
-) -> MergeResult:
-    recipe = examined.recipe
+def _merge_hi(examined: Examined, out: Path, listeners: Sequence[Listener]) -> MergeResult:
+    recipe, begun = examined.recipe, start(examined)
     callbacks = list(listeners)
     if recipe.budget.seconds is not None:
         advice = "The journal has all of them: run it again to go on."
@@ -134,23 +119,22 @@ def _merge_hi(
             advice = "Name a journal in the recipe to go on next time."
         callbacks.append(Budget(seconds=recipe.budget.seconds, advice=advice))
     result = merge_adapters_hi(
-        model,
-        list(recipe.adapters),
-        {name: task.fn for name, task in examined.validation.items()},
+        begun.model,
+        list(begun.names.values()),
+        begun.eval_fns,
         adapter_name=recipe.name,
-        config=hi_config(recipe),
+        config=HiMergeConfig(**begun.options),
         callbacks=callbacks,
         journal=None if recipe.journal is None else recipe.place(recipe.journal),
     )
     if is_main():
-        result.save(out, sources=recipe.folders)
+        begun.save_focused(out)
+        result.save(out, sources=begun.sources(recipe.folders))
         _save_merged(recipe, result)
     return result
 
 
-def _merge_by_method(
-    examined: Examined, model: PeftModel, out: Path, listeners: Sequence[Listener]
-) -> AdapterMerge:
+def _merge_by_method(examined: Examined, model: PeftModel, out: Path) -> AdapterMerge:
     recipe = examined.recipe
     scored = examined.validation
     metric = {name: task.metric for name, task in scored.items() if task.metric is not None}

@@ -24,6 +24,7 @@ __all__ = [
     "Scored",
     "build_task",
     "hi_config",
+    "hi_options",
     "metric_of",
     "options_of",
     "rows_of",
@@ -62,6 +63,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "generation": Kind(
             evals.generation, ("rougeL", "rougeL", "bleu", "rouge1", "rouge2", "corpus_bleu")
         ),
+        "likelihood": Kind(evals.likelihood, ("probability", "log_likelihood")),
         "perplexity": Kind(evals.perplexity, ("log_likelihood", "log_likelihood", "perplexity")),
         "sequence_classification": Kind(evals.sequence_classification, _CLASSES),
         "token_classification": Kind(evals.token_classification, _CLASSES),
@@ -94,11 +96,16 @@ def metric_of(spec: TaskSpec, *, test: bool = False) -> str | None:
     return spec.metric or (known[0] if known else None)
 
 
-def hi_config(recipe: Recipe) -> HiMergeConfig:
-    """Return the options of a recipe for Hi-Merging."""
+def hi_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe for Hi-Merging, as far as it gives them."""
     scored = {name: metric_of(task) for name, task in recipe.tasks.items() if task.validation}
     metric = {name: found for name, found in scored.items() if found is not None}
-    return HiMergeConfig(**recipe.options, rank=recipe.rank, metric=metric or None)
+    return {**recipe.options, "rank": recipe.rank, "metric": metric or None}
+
+
+def hi_config(recipe: Recipe) -> HiMergeConfig:
+    """Return the options of a recipe for Hi-Merging, with everything it leaves out."""
+    return HiMergeConfig(**hi_options(recipe))
 
 
 @dataclass(frozen=True, slots=True)
