@@ -67,9 +67,8 @@ def test_optuna_asks_for_so_many_points_of_the_grid_and_none_twice(most: int) ->
 
 
 def test_optuna_goes_where_the_scores_are_high() -> None:
-    trials, asked = run(HiMergeConfig(search="optuna", search_budget=30), (0.4, 0.7))
+    trials, _ = run(HiMergeConfig(search="optuna", search_budget=30), (0.4, 0.7))
     assert best(trials).value > -0.15  # 7 of the 100 points of the grid are as good
-    assert len(asked) == 30
 
 
 def distances(kind: Kind, peak: tuple[float, float], seed: int) -> list[float]:
@@ -87,8 +86,8 @@ def distances(kind: Kind, peak: tuple[float, float], seed: int) -> list[float]:
 def test_optuna_asks_nearer_to_the_peak_than_random_draws_and_ever_nearer() -> None:
     cases = [(p, s) for p in ((0.4, 0.7), (0.2, 0.3), (0.8, 0.5)) for s in range(4)]
     found = [distances("optuna", *case) for case in cases]
-    assert [min(d) < 0.15 for d in found] == [True] * len(cases)
-    # One run proves little: Optuna 4 and 5 differ in every point after the first ten.
+    assert max(min(d) for d in found) < 0.15
+    # One run proves little, and Optuna 4 goes on otherwise than 5 after the ten random points.
     nearer = [sum(d) < sum(distances("random", *c)) for d, c in zip(found, cases, strict=True)]
     assert sum(nearer) >= len(cases) - 1
     early, late = (sum(sum(d[part]) for d in found) for part in (slice(10), slice(-10, None)))
