@@ -170,14 +170,10 @@ class BlockMemo:
         self._forget(task)
 
     def _forget(self, task: str) -> None:
-        """Drop records of calls the last run did not make, then other tasks' if over budget."""
+        """Drop records of calls the last run did not make."""
         records = self._paths[task].records
         for key in [key for key in records if key[1] >= self._calls.get(key[0], 0)]:
             del records[key]
-        for other in [name for name in self._paths if name != task]:
-            if sum(path.size for path in self._paths.values()) <= self._budget:
-                break
-            del self._paths[other]
 
     def _call(self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Around a whole model call: the outermost one starts a new walk from the root."""

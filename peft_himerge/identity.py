@@ -323,9 +323,10 @@ class _Reader:
 
     def _cell(self, cell: types.CellType, name: str) -> Any:
         try:
-            return self.read(cell.cell_contents, name)
+            held = cell.cell_contents
         except ValueError:
             return "empty"
+        return self.read(held, name)
 
     def _code(self, code: types.CodeType) -> Any:
         constants = [

@@ -218,7 +218,7 @@ class MergePlan:
         scale is split over the two steps, or on `PYTHONHASHSEED`.
         """
         rows: dict[str, dict[str, list[float]]] = {}
-        scoped = False
+        scope = ""  # it matters where the model-wise step prunes, and nowhere else
         for layer, name, edit in self.live():
             whole = self.adapters[name]
             rows.setdefault(layer, {})[name] = [
@@ -226,9 +226,9 @@ class MergePlan:
                 edit.density,
                 whole.scale * edit.scale,
             ]
-            scoped = scoped or whole.density < 1.0
-        canonical = {"rows": rows, "scope": self.prune_scope if scoped else ""}
-        text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+            if whole.density < 1.0:
+                scope = self.prune_scope
+        text = json.dumps({"rows": rows, "scope": scope}, separators=(",", ":"))  # rows are sorted
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:

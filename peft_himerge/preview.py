@@ -84,10 +84,11 @@ def _skeleton(base: Path, adapters: Sequence[Adapter]) -> nn.Module:
         raise ConfigError(text) from exc
     kinds = {a.name: str(a.settings["task_type"]) for a in adapters if a.settings["task_type"]}
     named = [getattr(transformers, name, None) for name in settings.architectures or ()]
+    auto = auto_class(kinds) if kinds else None
     with torch.device("meta"):
-        if kinds:
+        if auto is not None:
             try:
-                model: nn.Module = auto_class(kinds).from_config(settings)
+                model: nn.Module = auto.from_config(settings)
             except ValueError as exc:  # what transformers says of a config without that class
                 raise ConfigError(f"the base {str(base)!r}: {str(exc).splitlines()[0]}") from exc
         elif named and named[0] is not None:

@@ -149,15 +149,8 @@ def rebuilt(model: PeftModel, job: Job, earlier: MergeResult) -> Iterator[MergeR
     with _visiting(model, job):
         again = apply_plan(model, earlier.plan, adapter_name=job.adapter_name, rank=job.config.rank)
         with _one_round(model, job.adapter_name):
-            yield replace(
-                again,
-                contributions=earlier.contributions,
-                conflicts=earlier.conflicts,
-                states=earlier.states,
-                search=earlier.search,
-                scores_computed=earlier.scores_computed,
-                seconds=earlier.seconds,
-            )
+            # All of the earlier story, on the weights that are in the model now.
+            yield replace(earlier, _combiner=again._combiner, _versions=again._versions)
 
 
 def _trained(model: Any) -> str:
@@ -178,15 +171,8 @@ def _trained(model: Any) -> str:
 @contextmanager
 def _visiting(model: PeftModel, job: Job) -> Iterator[list[str]]:
     names = job.names(model)
-    tuner = model.base_model
-    # Deleting an adapter writes the tuner's note of what is active in another form.
-    active = tuner.active_adapter
-    with preserved(model):
-        try:
-            with guests(model, job.folders):
-                yield names
-        finally:
-            tuner.active_adapter = active
+    with preserved(model), guests(model, job.folders):
+        yield names
 
 
 @contextmanager

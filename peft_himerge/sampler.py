@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import product
+from itertools import islice, product
 from typing import Any, Literal
 
 from .errors import MissingExtraError
@@ -61,8 +61,7 @@ def propose(
         yield from _tpe(axes, wanted, seed, start)
         return
     rest = product(*(range(len(a)) for a in axes)) if kind == "grid" else _shuffled(axes, seed)
-    order = _unseen(start, rest)
-    for place in (found for found, _ in zip(order, range(wanted), strict=False)):
+    for place in islice(_unseen(start, rest), wanted):
         yield [_point(axes, place)]
 
 

@@ -93,7 +93,7 @@ def search_edit(
     densities = GRID if free_density else (given.density,)
     scales = _scales(config) if free_scale else (given.scale,)
     if config.search == "optuna":
-        start = (densities[-1], 1.0 if free_scale else given.scale)
+        start = (given.density, given.scale)  # a free one counts as 1
         points = propose("optuna", (densities, scales), budget(config), first=[start])
         explore(points, lambda batch: score([Edit(*point) for point in batch]))
         return trials

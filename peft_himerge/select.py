@@ -351,7 +351,7 @@ class _DeviceTally:
                 beyond = patterns >= bracket.hi
                 self.above[i] += beyond.sum()
                 inside &= ~beyond
-            places = ((patterns - bracket.lo) >> bracket.shift).to(torch.int64)
+            places = (patterns - bracket.lo) >> bracket.shift
             places = torch.where(inside, places, self.spare[:n] + bracket.places)
             self.tables[i].scatter_add_(0, places, self.ones[:n])
 

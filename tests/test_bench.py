@@ -305,6 +305,13 @@ def test_without_folders_the_bench_is_of_the_demo(
     lines = {line.name: line for line in read_settings(cells)["en+zh"]}
     assert set(lines) == {"base", "en", "zh", "ties"}
     assert len(said) == 7
+    sizes = [f"--{n.replace('_', '-')}={getattr(SIZES, n)}" for n in vars_of(SIZES)]
+    command = ["bench", f"--out={tmp_path}", f"--base={root / 'base'}", "--method=ties", *sizes]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0, ran.output
+    assert ran.output.count("kept states/") == 6  # the same cells, none computed again
+    assert ran.output.count("kept merges/") == 1
+    assert (tmp_path / "bench.md").read_text() == render(cells)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +330,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     with pytest.raises(ConfigError, match=text):
         bench(root, tmp_path / "out", settings, **more)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "guide", "text"),
+    [
+        ("one", "smoothly", r"guide must be one of \['measure', 'smooth'\], got 'smoothly'"),
+        ("nowhere", "smooth", "there is no task 'nowhere'.*validation.jsonl and test.jsonl"),
+        ("odd", "smooth", "rows with 'choices' .* the first row has neither"),
+        ("empty", "smooth", "the first row has neither"),
+    ],
+)
+def test_tasks_that_cannot_be_read_are_refused(
+    root: Path, tmp_path: Path, task: str, guide: str, text: str
+) -> None:
+    for name, content in (("odd", '{"text": "a"}\n'), ("empty", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "validation.jsonl").write_text(content)
+    data = root / "data" if task == "one" else tmp_path
+    with pytest.raises(ConfigError, match=text):
+        load_tasks(data, [task], bytewise.tokenizer(), rows=2, test_rows=2, guide=guide)
 
 
 def test_no_cells_no_table(tmp_path: Path) -> None:

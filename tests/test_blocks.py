@@ -9,6 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 from peft_himerge import HiMergeConfig, MergePlan, hi, merge_adapters_hi
 from peft_himerge.adapters import read_adapters
@@ -239,3 +240,113 @@ def test_every_patched_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> N
         model, ["zh"], {"base": MergePlan.base()}, {"t": tiny.eval_fns("llama", ["zh"])["zh"]}
     )
     assert {id(m): vars(m).get("forward") for m in model.modules()} == before
+
+
+def test_calls_that_a_run_did_not_make_are_forgotten() -> None:
+    model = tiny.peft_model("llama", 2, dtype=torch.float32)
+    base = model.base_model.model
+    ids = torch.arange(3, 15).reshape(1, 12)
+    with torch.no_grad(), BlockMemo(base, find_blocks(base, ["model.layers.0"]), 10**9) as memo:
+
+        def score(calls: int) -> tuple[int, int]:
+            before = memo.run, memo.skipped
+            with memo.scoring("task", lambda _: "same"):
+                for call in range(calls):
+                    base(input_ids=ids + call)
+            return memo.run - before[0], memo.skipped - before[1]
+
+        assert [score(2), score(2)] == [(8, 0), (0, 8)]
+        assert score(1) == (0, 4)
+        assert score(2) == (4, 4)  # the second call was not made last time
+        base(input_ids=ids)  # outside of any task
+        assert score(2) == (0, 8)
+
+
+class Scaled(nn.Module):
+    """Blocks whose inputs are more than tensors and whose output is a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        for layer in self.layers:
+            layer.forward = self._around(layer.forward)
+
+    def _around(self, linear: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+        def forward(x: torch.Tensor, scale: float, extra: Any) -> dict[str, torch.Tensor]:
+            more = extra.sum() if isinstance(extra, torch.Tensor) else len(extra or ())
+            return {"x": linear(x) * scale + more}
+
+        return forward
+
+    def forward(self, x: torch.Tensor, scale: float, extra: Any = None) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, scale, extra)["x"]
+        return x
+
+
+def test_a_block_is_skipped_only_if_every_input_is_equal() -> None:
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    x = torch.randn(3, 4)
+    calls = [  # inputs, and how many of the two blocks are run
+        ((x, 0.5), 2),
+        ((x.clone(), 1.0 / 2.0), 0),
+        ((x, 0.25), 2),
+        ((x, 0.25, torch.ones(2)), 2),
+        ((x, 0.25, torch.ones(2)), 0),
+        ((x, 0.25, [1, 2]), 2),
+        ((x, 0.25, [1, 2]), 0),
+        ((x, 0.25, [1, 2, 3]), 2),
+        ((x, 0.25, {1, 2}), 2),
+        ((x, 0.25, {1, 2}), 2),  # a set is nothing this room can compare
+        ((x.double().float()[:2], 0.25), 2),
+    ]
+    with torch.no_grad():
+        wanted = [model(*inputs) for inputs, _ in calls]
+        labels = find_blocks(model, ["layers.0"])
+        with BlockMemo(model, labels, 10**9) as memo:
+            for (inputs, run), want in zip(calls, wanted, strict=True):
+                before = memo.run
+                with memo.scoring("task", lambda _: "same"):
+                    assert torch.equal(model(*inputs), want)
+                assert memo.run - before == run, inputs
+    assert memo.skipped == 6
+
+
+def test_inference_tensors_and_unknown_caches_run_in_full() -> None:
+    class Own(DynamicCache):
+        """A cache that may do anything."""
+
+    model = tiny.peft_model("llama", 2, dtype=torch.float32)
+    ids = torch.arange(3, 27).reshape(2, 12)
+
+    def inference(m: Any) -> list[float]:
+        with torch.inference_mode():
+            return list(m(input_ids=ids).logits[:, -1].log_softmax(-1)[:, 5].tolist())
+
+    def cached(m: Any) -> torch.Tensor:
+        cache = Own(config=m.base_model.model.config)
+        found = m(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        assert cache.get_seq_length() == 12
+        return found[:, -1].log_softmax(-1)[:, 5]
+
+    memo = assert_shared_equals_full(model, {"zh": inference, "en": cached})
+    assert memo.skipped == 0
+
+    model = tiny.peft_model("t5", 2, dtype=torch.float32)
+
+    def crossed(m: Any) -> torch.Tensor:
+        cache = EncoderDecoderCache(DynamicCache(), Own())
+        found = m(
+            input_ids=ids, decoder_input_ids=ids[:, :3], past_key_values=cache, use_cache=True
+        )
+        assert cache.cross_attention_cache.get_seq_length() == 12
+        return found.logits[:, -1].log_softmax(-1)[:, 5]
+
+    def plain(m: Any) -> torch.Tensor:
+        found = m(input_ids=ids, decoder_input_ids=ids[:, :3], use_cache=False)
+        return found.logits[:, -1].log_softmax(-1)[:, 5]
+
+    crossing = assert_shared_equals_full(model, {"zh": crossed, "en": crossed})
+    without = assert_shared_equals_full(model, {"zh": plain, "en": plain})
+    assert 0 < crossing.skipped < without.skipped  # the encoder alone has no cache

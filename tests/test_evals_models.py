@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from snapshot import bits, rng_states, snapshot
 from tokenizers import processors
 from torch import nn
-from transformers import GenerationConfig
+from transformers import BatchEncoding, GenerationConfig
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.adapters import read_adapters
@@ -41,6 +41,7 @@ from peft_himerge.evals import (
     sequence_classification,
     token_classification,
 )
+from peft_himerge.evals.base import fingerprint
 from peft_himerge.evals.generation import generate_texts
 from peft_himerge.identity import eval_digest
 from peft_himerge.plan import Edit, MergePlan
@@ -239,6 +240,80 @@ def test_a_tokenizer_that_closes_texts_does_not_end_a_prompt() -> None:
         assert (texts == generate_texts(model, prompts, TOKENIZER, 6)) is not same
 
 
+def test_an_end_token_that_a_tokenizer_adds_is_no_part_of_any_text() -> None:
+    closing = bytewise.tokenizer.__wrapped__()
+    closing._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", bytewise.BOS), ("<eos>", bytewise.EOS)]
+    )
+    model = bytewise.llama()
+    for build, rows in (
+        (multiple_choice, CHOICES),
+        (likelihood, PROMPTS),
+        (perplexity, PARAGRAPHS),
+    ):
+        found, want = build(rows, closing)(model), build(rows, TOKENIZER)(model)
+        found, want = (x if isinstance(x, dict) else {"score": x} for x in (found, want))
+        assert found.keys() == want.keys()
+        for metric, values in want.items():
+            assert torch.equal(torch.as_tensor(found[metric]), torch.as_tensor(values)), build
+
+
+def test_padding_needs_no_token_of_its_own() -> None:
+    bare = bytewise.tokenizer.__wrapped__()
+    bare.pad_token = bare.eos_token = None
+    assert bare.pad_token_id is None
+    model = bytewise.llama()
+    found, want = (multiple_choice(CHOICES, t, batch_size=3)(model) for t in (bare, TOKENIZER))
+    assert all(torch.equal(found[metric], values) for metric, values in want.items())
+
+
+class Mute:
+    """A tokenizer that leaves nothing of a text, as one does that drops unknown characters."""
+
+    pad_token_id = eos_token_id = 0
+
+    def __call__(self, *_texts: Any, **_options: Any) -> BatchEncoding:
+        encoding = self._inner.encode("", add_special_tokens=False)
+        return BatchEncoding({"input_ids": []}, encoding)
+
+    _inner = bytewise.tokenizer()._tokenizer
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+class Same(Mute):
+    """A tokenizer to which all texts are the same."""
+
+    def __call__(self, *_texts: Any, **_options: Any) -> BatchEncoding:
+        return BatchEncoding({"input_ids": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: multiple_choice(CHOICES, Mute()), "no token for the prompt 'a long question"),
+        (lambda: generation(PROMPTS, Mute()), "no token for the prompt 'Describe"),
+        (lambda: likelihood(PROMPTS, Mute()), "no token for the prompt 'Describe"),
+        (lambda: perplexity(PARAGRAPHS, Mute()), "text 1 has fewer than two tokens"),
+        (lambda: sequence_classification(CLASSES, Mute(), LABELS), "no token for a row"),
+        (lambda: token_classification(WORDS, Mute(), TAGS), "row 1: .* the word 'Anna'"),
+        (lambda: embedding_similarity(PAIRS, Mute()), "no token for the text 'a cat'"),
+        (lambda: multiple_choice(CHOICES, Same()), "must differ as tokens, got .*use other texts"),
+    ],
+)
+def test_a_row_of_which_no_token_is_left_is_refused(build: Any, text: str) -> None:
+    with pytest.raises(EvalRowError, match=text):
+        build()
+
+
+def test_a_fingerprint_is_of_plain_values_alone() -> None:
+    assert fingerprint("f", rows=CHOICES) == fingerprint("f", rows=list(CHOICES))
+    for value in (object(), {1, 2}, torch.ones(2)):
+        with pytest.raises(TypeError, match=f"no fingerprint of a {type(value).__name__}"):
+            fingerprint("f", rows=[value])  # its address or order would differ in every process
+
+
 def test_generation_refuses_more_tokens_than_the_model_has_positions() -> None:
     eval_fn = generation(PROMPTS, TOKENIZER, max_new_tokens=bytewise.POSITIONS - 10)
     with pytest.raises(EvalError, match=r"positions \(max_position_embeddings\).*Lower"):
@@ -422,6 +497,21 @@ def test_token_classification_equals_a_row_at_a_time(batch_size: int, outside: A
         assert found["log_likelihood"][i] == pytest.approx(sum(likely) / len(likely), abs=1e-6)
     left = () if outside is None else ("O",)
     assert float(found["macro_f1"]) == pytest.approx(naive_f1(gold, chosen, left))
+
+
+def test_macro_f1_is_zero_where_only_the_outside_is_wanted_and_chosen() -> None:
+    model = bytewise.bert_tokens()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+    rows = [TokenRow(("it", "rained"), ("O", "O")), TokenRow(("so",), ("O",))]
+    scored = {
+        outside: token_classification(rows, TOKENIZER, TAGS, outside=outside)(model)
+        for outside in (None, "O")
+    }
+    assert all(found["accuracy"].tolist() == [1.0, 1.0] for found in scored.values())
+    assert float(scored[None]["macro_f1"]) == 1.0
+    assert float(scored["O"]["macro_f1"]) == 0.0
 
 
 def test_a_classifier_with_other_outputs_is_refused_with_the_way_out() -> None:

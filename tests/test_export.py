@@ -14,7 +14,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from snapshot import moved, run_python, snapshot
 
 from peft_himerge import Edit, HiMergeConfig, MergePlan, MergeResult, apply_plan, merge_adapters_hi
@@ -598,6 +598,27 @@ def test_save_merged_from_a_base_of_another_size_is_refused(tmp_path: Path) -> N
     with pytest.raises(HiMergeError, match=r"model\.layers\.|lm_head"):
         result.save_merged(tmp_path / "base", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_save_merged_beside_another_checkpoint_or_from_a_quantised_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    result = merge(tiny.peft_model("llama", 2, torch.float32))
+    tiny.tiny_llama().save_pretrained(tmp_path / "base")
+    other = tmp_path / "out" / "model-00001-of-00002.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"of another model")
+    with pytest.raises(ConfigError, match=r"holds 'model-00001-of-00002.safetensors' of another"):
+        result.save_merged(tmp_path / "base", tmp_path / "out")
+    assert [path.name for path in other.parent.iterdir()] == [other.name]
+    file = tmp_path / "base" / "model.safetensors"
+    weights = load_file(file)
+    changed = f"{result.modules[0].module}.weight"
+    weights[changed] = weights[changed].to(torch.int8)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"'{changed}' is quantised \(torch.int8\); use a plain"):
+        result.save_merged(tmp_path / "base", tmp_path / "full")
+    assert not list((tmp_path / "full").glob("*.safetensors"))
 
 
 def test_save_merged_over_the_base_itself_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from snapshot import run_python
 
 from peft_himerge.identity import adapter_digest, base_digest, environment, eval_digest
@@ -145,6 +145,23 @@ def with_helper(model: Any) -> float:
     return helper(1.0)
 
 
+def recursive(rows: int) -> Callable[[Any], float]:
+    def fn(model: Any) -> float:
+        return fn(model) if rows < 0 else float(rows)
+
+    return fn
+
+
+def unbound(bound: bool) -> Callable[[Any], float]:
+    if bound:
+        rows = 3
+
+    def fn(model: Any) -> float:
+        return float(rows)
+
+    return fn
+
+
 @dataclass
 class Scorer:
     rows: list[int]
@@ -185,6 +202,9 @@ class Row:
         lambda: functools.partial(with_default, rows=(3, 4)),
         lambda: lambda model: 1.0,
         lambda: torch.no_grad()(with_default),
+        lambda: over_data([torch.float32, torch.Size([2]), torch.device("cuda:1")]),
+        lambda: over_data(compile("1 + 1", "rows", "eval")),
+        lambda: recursive(2),
         lambda: tiny.eval_fns("llama", ["zh"])["zh"],
     ],
 )
@@ -210,11 +230,46 @@ def test_equal_functions_have_equal_digests(make: Callable[[], Any]) -> None:
         (Plain("abc").score, Plain("abd").score),
         (functools.partial(with_default, rows=(3,)), functools.partial(with_default, rows=(4,))),
         (lambda model: 1.0, lambda model: 2.0),
+        (over_data(torch.float32), over_data(torch.float16)),
+        (over_data(torch.device("cpu")), over_data(torch.device("meta"))),
+        (over_data(torch.empty(2, device="meta")), over_data(torch.empty(3, device="meta"))),
+        (over_data(compile("1 + 1", "rows", "eval")), over_data(compile("1 - x", "rows", "eval"))),
+        (recursive(2), recursive(3)),
+        (unbound(True), unbound(False)),
         (lambda model: model.a(), lambda model: model.b()),
     ],
 )
 def test_other_code_or_data_is_another_digest(one: Any, other: Any) -> None:
     assert digest(one) != digest(other)
+
+
+def test_which_of_several_devices_it_is_does_not_matter() -> None:
+    one, other = (over_data(torch.device("cuda", index)) for index in (0, 1))
+    assert digest(one) == digest(other)
+
+
+def test_a_fault_of_what_a_function_holds_is_not_taken_for_nothing() -> None:
+    class Rows:
+        @property
+        def fingerprint(self) -> str:
+            raise ValueError("the rows are gone")
+
+    with pytest.raises(ValueError, match="the rows are gone"):
+        digest(over_data(Rows()))
+
+
+def test_base_digest_of_a_model_without_a_config_goes_by_its_class() -> None:
+    class Net(torch.nn.Linear):
+        pass
+
+    def made(kind: type[torch.nn.Linear]) -> Any:
+        base = torch.nn.Sequential(torch.nn.Linear(2, 2), kind(2, 2))
+        for parameter in base.parameters():
+            torch.nn.init.ones_(parameter)
+        return get_peft_model(base, LoraConfig(target_modules=["0"]))
+
+    assert base_digest(made(Net)) == base_digest(made(Net))
+    assert base_digest(made(Net)) == base_digest(made(torch.nn.Linear))  # the top one's class
 
 
 def test_digest_sees_globals_and_helpers_of_the_same_module(

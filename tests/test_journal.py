@@ -22,9 +22,17 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from snapshot import run_python
 
-from peft_himerge import HiMergeConfig, MergeResult, merge_adapters_hi
+from peft_himerge import HiMergeConfig, MergeResult, merge_adapters_hi, randomness
+from peft_himerge import journal as journal_room
 from peft_himerge.errors import ConfigError, HiMergeError, JournalError
-from peft_himerge.journal import Journal, pack_score, unpack_score
+from peft_himerge.journal import (
+    FORMAT,
+    Journal,
+    _checksum,
+    _line,
+    pack_score,
+    unpack_score,
+)
 from peft_himerge.scoring import Score
 
 IDENTITY = {"base model": "abc", "torch": "2"}
@@ -131,6 +139,43 @@ def test_a_file_with_any_byte_changed_is_never_believed(tmp_path: Path) -> None:
             assert [p.read_bytes() for p in others] == [bytes(damaged)]
         for path in trial.iterdir():
             path.unlink()
+
+
+def test_a_file_of_something_else_is_set_aside_and_kept(tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    for kind, raw in (("corrupt", b"my notes, without a newline"), ("foreign", b"my notes\n")):
+        file.write_bytes(raw)
+        assert read(file) == {}
+        assert (tmp_path / f"scores.jsonl.{kind}-1").read_bytes() == raw
+    write(file)
+    assert list(read(file)) == list(SCORES)
+
+
+def test_a_header_without_an_identity_is_corrupt(tmp_path: Path) -> None:
+    record = json.dumps({"format": FORMAT, "identity": [], "random_state": {}})
+    file = tmp_path / "scores.jsonl"
+    file.write_text(_line(_checksum("", record), record) + "\n", encoding="utf-8")
+    assert read(file) == {}
+    assert aside(tmp_path, "corrupt") == ["scores.jsonl.corrupt-1"]
+
+
+def test_a_journal_that_is_renamed_before_it_is_locked_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, old = tmp_path / "scores.jsonl", tmp_path / "old.jsonl"
+    written = write(file)
+    lock, calls = journal_room.fcntl.lockf, []
+
+    def late(descriptor: int, how: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            file.rename(old)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(journal_room.fcntl, "lockf", late)
+    assert read(file) == {}
+    assert len(calls) == 2
+    assert old.read_bytes() == written
 
 
 @pytest.mark.parametrize("change", ["dropped", "swapped", "repeated"])
@@ -549,3 +594,35 @@ def test_killed_at_any_moment_and_run_again_no_score_is_computed_twice(tmp_path:
     # The eval functions draw random numbers and every run was seeded otherwise.
     assert found["same"]
     assert found["files"] == ["calls", "j.jsonl", "out.json", "plain.json"]
+
+
+def test_random_states_of_gpus_are_kept_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [torch.arange(16, dtype=torch.uint8), torch.arange(16, 32, dtype=torch.uint8)]
+    before = [state.tolist() for state in gpus]
+
+    def put(states: list[torch.Tensor]) -> None:
+        gpus[:] = states
+
+    def put_current(state: torch.Tensor) -> None:
+        gpus[0] = state
+
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_rng_state_all", lambda: [state.clone() for state in gpus])
+    monkeypatch.setattr(cuda, "set_rng_state_all", put)
+    monkeypatch.setattr(cuda, "get_rng_state", lambda: gpus[0].clone())
+    monkeypatch.setattr(cuda, "set_rng_state", put_current)
+    kept, told = randomness.states(), json.loads(json.dumps(randomness.capture()))
+    drawn = float(torch.rand(()))
+    gpus[:] = [state + 1 for state in gpus]
+    randomness.put_back(kept)
+    assert [state.tolist() for state in gpus] == before
+    assert float(torch.rand(())) == drawn
+    gpus[:] = [state + 1 for state in gpus]
+    randomness.install(told)
+    assert gpus[0].tolist() == before[0]  # the one in use; the others draw nothing
+    assert float(torch.rand(())) == drawn
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    gpus[0] = gpus[0] + 1
+    randomness.install(told)  # a journal of a machine with a GPU
+    assert gpus[0].tolist() != before[0]

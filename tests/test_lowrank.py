@@ -11,7 +11,7 @@ from test_select import drawn
 from peft_himerge import Edit
 from peft_himerge.combine import Combiner
 from peft_himerge.factors import Adapter, LoraFactors
-from peft_himerge.lowrank import LowRank, low_rank
+from peft_himerge.lowrank import LowRank, _svd_by_eigenvalues, low_rank
 
 MODULE = "layers.0.w"
 
@@ -84,6 +84,27 @@ def test_rank_by_energy_is_the_smallest_that_keeps_the_share(share: float, densi
     # An iterated random basis may lose a hair of the energy and so need one term more.
     assert part.rank in ((want,) if density == 1.0 else (want, want + 1))
     assert 1 - relative(part, delta) ** 2 >= share - 1e-9
+
+
+def test_rank_by_energy_is_found_where_it_is_much_larger_than_that_of_the_factors() -> None:
+    made = combiner(drawn(0, 90, 120, 2, torch.float64))
+    part, delta = found(made, 0.999, 0.2)
+    energies = torch.linalg.svdvals(delta).square()
+    want = int((energies.cumsum(0) / energies.sum() < 0.999).sum()) + 1
+    assert want > 2 + 16  # the basis it starts with is too small
+    assert part.rank in (want, want + 1)
+    assert part.error == pytest.approx(relative(part, delta), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+def test_svd_by_eigenvalues_is_an_svd(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = _svd_by_eigenvalues(x)
+    torch.testing.assert_close(s, torch.linalg.svdvals(x))
+    torch.testing.assert_close(u * s @ v, x)
+    same = torch.eye(len(s), dtype=torch.float64)
+    torch.testing.assert_close(u.t() @ u, same)
+    torch.testing.assert_close(v @ v.t(), same)
 
 
 @given(

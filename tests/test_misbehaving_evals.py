@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -390,6 +391,63 @@ def test_checksums_see_every_bit_and_nothing_else() -> None:
             assert changed() == name
             raw[place] ^= 1 << 30
     assert changed() is None
+
+
+def test_structure_puts_every_kind_of_table_back() -> None:
+    model = small()
+    layer = inner(model).model.layers[1].self_attn.q_proj
+    mlp = inner(model).model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = own  # one of the user's, which the module does not have by itself
+    layer.loras = {"zh", "en"}
+    layer.merged_adapters.append("zh")
+    taken = Structure(model)
+    layer.loras |= {"more"}
+    layer.merged_adapters[:] = ["en", "zh"]
+    mlp.forward = lambda x: x
+    what, whole = taken.put_back()
+    assert str(what).startswith("changed the adapters of '")
+    assert "layers.1.self_attn.q_proj'" in str(what)
+    assert whole
+    assert layer.loras == {"zh", "en"}
+    assert layer.merged_adapters == ["zh"]
+    assert vars(mlp)["forward"] is own
+    assert taken.put_back() == (None, True)
+
+
+def test_a_hook_of_transformers_with_arguments_bound_is_theirs_too() -> None:
+    from transformers.utils import output_capturing
+
+    def ours(*_: Any) -> None:
+        pass
+
+    model = small()
+    layer = inner(model).model.layers[1]
+    taken = Structure(model)
+    theirs = functools.partial(output_capturing.maybe_install_capturing_hooks)
+    stays = layer.register_forward_hook(theirs)
+    assert taken.put_back() == (None, True)
+    assert list(layer._forward_hooks.values()) == [theirs]
+    stays.remove()
+    layer.register_forward_hook(functools.partial(ours))
+    what, whole = taken.put_back()
+    assert str(what).startswith("left a hook on '")
+    assert whole
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize(("entries", "whole"), [(1 << 16, True), ((1 << 16) + 1, False)])
+def test_a_buffer_that_was_written_to_is_put_back_if_it_is_small(entries: int, whole: bool) -> None:
+    model = small()
+    buffer = torch.zeros(entries)
+    inner(model).register_buffer("statistics", buffer)
+    taken = Structure(model)
+    buffer.add_(1.0)
+    what, found = taken.put_back()
+    assert found is whole
+    assert (what is None) == whole
+    assert whole or str(what).startswith("changed the buffer '")
+    assert float(buffer.sum()) == (0.0 if whole else entries)
 
 
 class PackedLinear(nn.Module):

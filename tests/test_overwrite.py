@@ -144,3 +144,15 @@ def test_a_source_may_be_replaced_in_pefts_own_way_too(monkeypatch: pytest.Monke
     with pytest.raises(Stopped):
         add_weighted_adapter(model, PAIR, [2.0, 0.5], "zh", overwrite=True, **call)
     assert moved(before, snapshot(model)) == []
+
+
+def test_the_name_in_between_is_one_that_is_free() -> None:
+    model = peft_model("llama", 2, torch.float32)
+    for name in ("m", "m_new", "m_new_"):
+        add_weighted_adapter(model, PAIR, [1.0, 0.5], name, "cat")
+    others = {name: outputs(model, name) for name in ("m_new", "m_new_")}
+    add_weighted_adapter(model, PAIR, [2.0, 1.0], "m", "cat", overwrite=True)
+    add_weighted_adapter(model, PAIR, [2.0, 1.0], "free", "cat")
+    assert torch.equal(outputs(model, "m"), outputs(model, "free"))
+    assert set(model.peft_config) == {*PAIR, "m", "m_new", "m_new_", "free"}
+    assert all(torch.equal(outputs(model, name), want) for name, want in others.items())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,7 @@ def two() -> MergePlan:
 def test_edit_holds_floats_and_is_frozen() -> None:
     edit = Edit(1, 2)
     assert (type(edit.density), type(edit.scale)) == (float, float)
+    assert Edit(1.0, -sys.float_info.max).scale == -sys.float_info.max
     with pytest.raises(dataclasses.FrozenInstanceError):
         edit.density = 0.5  # type: ignore[misc]
 
@@ -68,6 +71,7 @@ def test_edit_with_a_scale_that_is_no_number_is_refused(scale: object) -> None:
 
 def test_edit_drops_when_density_or_scale_is_zero() -> None:
     assert DROP.drops
+    assert (DROP, IDENTITY) == (Edit(0.0, 0.0), Edit(1.0, 1.0))
     assert Edit(0.0, 1.0).drops
     assert Edit(1.0, 0.0).drops
     assert not IDENTITY.drops
@@ -113,6 +117,12 @@ def test_model_wise_plan_holds_only_the_adapters_each_layer_has() -> None:
     assert all(edit == IDENTITY for row in plan.edits.values() for edit in row.values())
 
 
+def test_model_wise_plan_keeps_scope_and_sources() -> None:
+    plan = MergePlan.model_wise({}, {}, prune_scope="layer", sources={"zh": "1"})
+    assert (plan.prune_scope, dict(plan.sources)) == ("layer", {"zh": "1"})
+    assert dict(MergePlan.model_wise({}, {}).sources) == {}
+
+
 def test_base_plan_has_nothing_live() -> None:
     assert list(MergePlan.base().live()) == []
     assert not MergePlan.base().pruned
@@ -130,6 +140,10 @@ def test_solo_only_without_and_edits_name_the_states_they_say() -> None:
     assert live(plan.only("h.0")) == {("h.0", "zh"), ("h.0", "en")}
     assert live(plan.without("h.0")) == {("h.1", "en"), ("outside", "zh")}
     assert live(plan.with_edit("h.0", "zh", DROP)) == everything - {("h.0", "zh")}
+    both = plan.with_edits("h.0", {"zh": Edit(0.2, 0.3), "en": DROP})
+    assert both.edits["h.0"] == {"zh": Edit(0.2, 0.3), "en": DROP}
+    assert both.edits["h.1"] == plan.edits["h.1"]
+    assert plan.with_edits("h.0", {}) == plan
     assert live(plan.with_adapter("en", DROP)) == {("h.0", "zh"), ("outside", "zh")}
     assert plan.solo("zh").only("h.1").fingerprint == MergePlan.base().fingerprint
     assert live(plan) == everything  # every call gave a new plan
@@ -224,6 +238,10 @@ def test_fingerprint_is_that_of_the_state_and_not_of_the_spelling() -> None:
 def test_fingerprint_of_a_known_plan_never_changes() -> None:
     # Stored plans and score journals rely on this; a change needs a new format number.
     assert two().fingerprint == ("047f07ba2a6102b902b964457e2f74d1fec8de6fcb3b02c50b5eeabc6299d2d5")
+    whole = MergePlan({"en": Edit(1.0, 0.5)}, {"h.0": {"en": Edit(0.25, 3.0)}}, "layer")
+    text = b'{"rows":{"h.0":{"en":[1.0,0.25,1.5]}},"scope":""}'
+    assert whole.fingerprint == hashlib.sha256(text).hexdigest()
+    assert hash(whole) != hash(two())
 
 
 # ------------------------------------------------------------------------------------------- JSON
@@ -234,6 +252,42 @@ def test_plan_goes_through_a_file(tmp_path: Path) -> None:
     text = two().to_json(path)
     assert path.read_text(encoding="utf-8") == text
     assert MergePlan.from_json(path) == MergePlan.from_json(str(path)) == two()
+
+
+def test_plan_text_is_for_readers() -> None:
+    plan = MergePlan({"数学": Edit(0.5, 2.0)}, {"h.0": {}}, "module", {"数学": "ab"}, {"by": "é"})
+    nothing_live = hashlib.sha256(b'{"rows":{},"scope":""}').hexdigest()
+    assert plan.to_json().splitlines(keepends=True) == [
+        "{\n",
+        '  "format": "peft_himerge.plan/1",\n',
+        f'  "fingerprint": "{nothing_live}",\n',
+        '  "prune_scope": "module",\n',
+        '  "adapters": {\n',
+        '    "数学": {\n',
+        '      "density": 0.5,\n',
+        '      "scale": 2.0\n',
+        "    }\n",
+        "  },\n",
+        '  "edits": {\n',
+        '    "h.0": {}\n',
+        "  },\n",
+        '  "sources": {\n',
+        '    "数学": "ab"\n',
+        "  },\n",
+        '  "notes": {\n',
+        '    "by": "é"\n',
+        "  }\n",
+        "}\n",
+    ]
+    assert MergePlan.from_json(f"\n {plan.to_json()}") == plan
+
+
+def test_plan_without_sources_and_notes_has_none() -> None:
+    data = two().to_dict()
+    del data["sources"], data["notes"]
+    plan = MergePlan.from_dict(data)
+    assert plan == two()
+    assert (dict(plan.sources), dict(plan.notes)) == ({}, {})
 
 
 def test_plan_file_is_plain_json_a_reader_can_edit() -> None:
@@ -263,6 +317,8 @@ def broken(**changes: object) -> dict[str, object]:
         (broken(fingerprint="abc"), "fingerprint is 'abc'"),
         (broken(prune_scope="layer"), "fingerprint"),
         (broken(prune_scope=3), "malformed"),
+        (broken(sources={"zh": "1", "en": 2}), "sources and notes hold texts, got 2"),
+        (broken(notes={"by": None}), "sources and notes hold texts, got None"),
         (["a", "list"], "format is 'list'"),
     ],
 )
@@ -280,3 +336,10 @@ def test_plan_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
         MergePlan.from_json(path)
     with pytest.raises((PlanError, FileNotFoundError), match="absent"):
         MergePlan.from_json(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("field", ["sources", "notes"])
+def test_sources_and_notes_that_are_no_texts_are_refused(field: str) -> None:
+    told = MergePlan.base().to_dict() | {field: {"zh": 3}}
+    with pytest.raises(PlanError, match=r"malformed: .*sources and notes hold texts, got 3"):
+        MergePlan.from_dict(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from test_cli import himerge
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
@@ -259,6 +261,45 @@ def test_preview_refuses_what_does_not_fit(folders: Path, tmp_path: Path) -> Non
         preview(None, paths(folders), HiMergeConfig(density={"zh": 1.0}, scale={"zh": 1.0}))
 
 
+def test_preview_says_what_is_wrong_with_a_config(folders: Path, tmp_path: Path) -> None:
+    config = HiMergeConfig(**GIVEN)
+    settings = json.loads((folders / "base" / "config.json").read_text(encoding="utf-8"))
+    base = tmp_path / "base"
+    base.mkdir()
+
+    def rewrite(**changes: Any) -> None:
+        text = json.dumps({k: v for k, v in (settings | changes).items() if v is not None})
+        (base / "config.json").write_text(text, encoding="utf-8")
+
+    rewrite(architectures=None)  # then a causal LM, like the adapters of this repository
+    assert preview(base, paths(folders), config) == preview(
+        folders / "base", paths(folders), config
+    )
+    rewrite(model_type="no-such-model")
+    with pytest.raises(ConfigError, match=r"config\.json of the base .*no-such-model"):
+        preview(base, paths(folders), config)
+    rewrite()
+
+    def typed(**kinds: str) -> dict[str, Path]:
+        made = {}
+        for name, folder in paths(folders).items():
+            made[name] = tmp_path / f"{name} {kinds[name]}"
+            shutil.copytree(folder, made[name], dirs_exist_ok=True)
+            file = made[name] / "adapter_config.json"
+            told = json.loads(file.read_text(encoding="utf-8")) | {"task_type": kinds[name]}
+            file.write_text(json.dumps(told), encoding="utf-8")
+        return made
+
+    fitting = preview(base, typed(zh="CAUSAL_LM", en="CAUSAL_LM"), config)
+    assert fitting == preview(base, paths(folders), config)
+    with pytest.raises(ConfigError, match=r"the base .*LlamaConfig"):
+        preview(base, typed(zh="SEQ_2_SEQ_LM", en="SEQ_2_SEQ_LM"), config)
+    with pytest.raises(AdapterError, match=r"different task types: \{'zh': 'CAUSAL_LM', 'en': "):
+        preview(base, typed(zh="CAUSAL_LM", en="SEQ_CLS"), config)
+    with pytest.raises(AdapterError, match=r"'CAUSAL' is not known. Allowed: .*CAUSAL_LM"):
+        preview(base, typed(zh="CAUSAL", en="CAUSAL"), config)
+
+
 def plan_command(root: Path, *more: object) -> subprocess.CompletedProcess[str]:
     given = [f"--adapter={name}={path}" for name, path in paths(root).items()]
     return himerge("plan", *given, *more)
@@ -291,3 +332,13 @@ def test_plan_command_refuses_like_the_merge(folders: Path) -> None:
     assert done.returncode == 2
     assert "Did you mean 'density'" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_plan_command_says_which_adapter_has_no_effect(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "adapters", tmp_path / "adapters")
+    file = tmp_path / "adapters" / "zh" / "adapter_model.safetensors"
+    save_file({key: torch.zeros_like(value) for key, value in load_file(file).items()}, file)
+    done = plan_command(tmp_path, "--set", "density=0.4", "--set", "scale=0.9")
+    assert done.returncode == 0, done.stderr
+    assert "adapter 'zh' has no effect: its task is a guard" in done.stdout
+    assert "adapter 'en'" not in done.stdout

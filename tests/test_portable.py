@@ -13,9 +13,10 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.numpy import save_file
+from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 from peft_himerge import HiMergeConfig, apply_plan, merge_adapters, merge_folders
@@ -292,6 +293,14 @@ def test_a_folder_without_an_adapter_says_where_it_is(tmp_path: Path) -> None:
     assert "adapter_model.bin" in finding.found
 
 
+def test_a_file_without_factors_is_an_error(tmp_path: Path) -> None:
+    save_file({"notes": np.zeros(1)}, write(tmp_path) / "adapter_model.safetensors")
+    report = check_adapter(tmp_path)
+    found = {f.found: f.severity for f in report.findings if f.rule == "factors"}
+    assert found == {"the file holds no pair of A and B": "error"}
+    assert not report.ok
+
+
 @pytest.mark.parametrize("cut", [0, 4, 40, -1])
 def test_damaged_weights_are_an_error_and_no_traceback(cut: int, tmp_path: Path) -> None:
     path = write(tmp_path) / "adapter_model.safetensors"
@@ -373,6 +382,28 @@ def test_targets_are_those_of_peft(
     if isinstance(asked.target_modules, set):
         asked.target_modules = sorted(asked.target_modules)
     assert targeted(fields, module) == bool(check_target_module_exists(asked, module))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_all_linear_means_what_peft_makes_of_it(kind: str) -> None:
+    base = tiny.tiny_llama() if kind == "llama" else tiny.tiny_gpt2()
+    linear = [n for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    config = LoraConfig(target_modules="all-linear", fan_in_fan_out=kind == "gpt2")
+    model = get_peft_model(base, config)
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert {name for name in linear if targeted({"target_modules": "all-linear"}, name)} == adapted
+    assert 0 < len(adapted) < len(linear)  # all but the head
+
+
+def test_a_module_without_a_layer_number_is_in_no_layer() -> None:
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}
+    for module in ("head.q_proj", "model.layers.0.q_proj", "model.layers.1.q_proj"):
+        there = bool(check_target_module_exists(LoraConfig(**fields), module))
+        assert targeted(fields, module) == there == (module == "model.layers.0.q_proj")
 
 
 # --------------------------------------------------------------------------------- our own exports

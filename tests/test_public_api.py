@@ -44,6 +44,14 @@ def test_front_door_offers_what_was_promised() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", peft_himerge.__version__)
 
 
+@pytest.mark.parametrize("module", ["peft_himerge", "peft_himerge.evals"])
+def test_front_door_has_no_other_name(module: str) -> None:
+    door = importlib.import_module(module)
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'merge_adapter'"):
+        _ = door.merge_adapter
+    assert not hasattr(door, "merge_adapter")
+
+
 def test_front_door_lists_exactly_its_public_names() -> None:
     public = {
         name

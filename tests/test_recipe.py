@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pickle
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -599,6 +601,12 @@ def test_all_faults_are_told_at_once() -> None:
          "tasks.en.metric", "has one score"),
         ("two_tasks", "tasks.en={kind: function, validation: f, max_rows: 3}",
          "tasks.en.max_rows", "of kind function has no such key"),
+        ("two_tasks", "tasks.en={kind: lm_eval_task, test: x, metric: acc, include_path: y}",
+         "tasks.en.include_path", "cannot name code to run; name the folder"),
+        ("two_tasks", "tasks.en=3", "tasks.en", "valid dictionary"),
+        ("two_tasks", "tasks.en={kind: function, validation: 'hub:squad'}",
+         "tasks.en.validation", "a task of kind function takes no rows, got 'hub:squad'"),
+        ("drop_in_ties", "options.rank=4", "options.rank", "at the top of the recipe"),
         ("model_wise_only", "journal=x", "journal", "only Hi-Merging with validation data"),
         ("model_wise_only", "budget.seconds=3", "budget", "only Hi-Merging with validation data"),
         ("model_wise_only", "tracking=wandb", "tracking", "only Hi-Merging with validation data"),
@@ -619,6 +627,12 @@ def test_a_fault_is_told_with_its_place_and_its_remedy(
         read_recipe(RECIPES / f"{recipe}.yaml", [change])
     told = [f"{f.what}" for f in caught.value.faults if f.key == key]
     assert any(text in what for what in told), str(caught.value)
+
+
+def test_faults_of_a_recipe_go_from_one_process_to_another() -> None:
+    error = RecipeError(Path("r.yaml"), [Fault("a", "is wrong"), Fault("b", "is missing")])
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.file, again.faults, str(again)) == (error.file, error.faults, str(error))
 
 
 @pytest.mark.parametrize(
@@ -810,6 +824,50 @@ def test_a_path_that_leads_nowhere_gets_the_nearest_one(
     assert ("Did you mean" in told[key]) == ("Did you mean" in text)
 
 
+def test_a_base_without_weights_or_tokenizer_is_told(
+    shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
+    given = [*sets(root, name, tmp_path / "out"), f"base={tmp_path / 'base'}"]
+    shutil.copytree(root / "models" / "base", tmp_path / "base")
+
+    def told() -> str:
+        (fault,) = examine(read_recipe(RECIPES / name, given)).faults
+        assert fault.key == "base"
+        return fault.what
+
+    saved = [path for path in (tmp_path / "base").iterdir() if "token" in path.name]
+    content = {path: path.read_bytes() for path in saved}
+    for path in saved:
+        path.write_text("{", encoding="utf-8")
+    assert "the tokenizer in" in told()
+    assert "cannot be read" in told()
+    for path in saved:
+        path.unlink()
+    assert "holds no tokenizer, which tasks need" in told()
+    for path, raw in content.items():
+        path.write_bytes(raw)
+    assert not examine(read_recipe(RECIPES / name, given)).faults
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert "holds no weights (*.safetensors)" in told()
+
+
+def test_a_function_that_decides_and_tests_gets_a_warning_and_a_broken_file_a_fault(
+    shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
+    more = [*sets(root, name, tmp_path / "out"), *own(tmp_path), "tasks.en.test=mean"]
+    found = examine(read_recipe(RECIPES / name, more), tmp_path / "mine.py")
+    (look,) = found.warnings
+    assert look.key == "tasks.en.test"
+    assert look.found.startswith("validation and test are the same")
+    (tmp_path / "mine.py").write_text("eval_fns = 3\n", encoding="utf-8")
+    found = examine(read_recipe(RECIPES / name, more), tmp_path / "mine.py")
+    (fault,) = found.faults
+    assert fault.key == "tasks"
+    assert "eval_fns" in fault.what
+
+
 def test_adapters_that_do_not_fit_the_base_are_told(
     shop: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -917,6 +975,95 @@ def test_plan_says_what_a_merge_that_was_there_took(
     assert f"2.50 s per score: at most {2.5 * cost.cost.scores:.0f} s" in after.output
     assert str(cost.cost.scores) in after.output
     assert "4 states x 2 tasks = 8 scores of test data" in after.output
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "{",
+        "[]",
+        '{"cost": 3}',
+        '{"cost": {"scores": 10}}',
+        '{"cost": {"scores": 0, "seconds": 25.0}}',
+        '{"cost": {"scores": true, "seconds": 25.0}}',
+    ],
+)
+def test_plan_says_nothing_of_a_report_that_tells_no_time(
+    report: str, shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
+    flags = [p for c in sets(root, name, tmp_path / "out") for p in ("--set", c)]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text(report)
+    shown = CliRunner().invoke(app, ["plan", str(RECIPES / name), *flags])
+    assert shown.exit_code == 0, shown.output
+    assert "scores of test data" in shown.output
+    assert "s per score" not in shown.output
+
+
+def test_a_merge_without_test_data_says_so(shop: Callable[[str], Path], tmp_path: Path) -> None:
+    root, name = shop("two_tasks.yaml"), "two_tasks.yaml"
+    task = "{{kind: multiple_choice, metric: probability, validation: {}/data/{}.validation.jsonl}}"
+    tasks = ", ".join(f"{each}: {task.format(root, each)}" for each in ("en", "zh"))
+    given = [*sets(root, name, tmp_path / "out"), "options.density=1.0", "options.scale=1.0"]
+    flags = [p for c in [*given, f"tasks={{{tasks}}}"] for p in ("--set", c)]
+    shown = CliRunner().invoke(app, ["merge", str(RECIPES / name), *flags])
+    assert shown.exit_code == 0, shown.output
+    assert "no test data: these scores are of the rows that decided the merge" in shown.output
+    assert "Test scores" not in shown.output
+    assert "gain kept" not in shown.output
+
+
+def test_a_merge_that_looks_at_no_score_says_so_and_helpers_are_silent(
+    shop: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, name = shop("two_tasks.yaml"), "model_wise_only.yaml"
+    given = [*workshop.pointed(root, name), "rank=exact"]
+    flags = [p for c in given for p in ("--set", c)]
+
+    def merged(out: Path) -> str:
+        shown = CliRunner().invoke(app, ["merge", str(RECIPES / name), *flags, "--out", str(out)])
+        assert shown.exit_code == 0, shown.output
+        return shown.output
+
+    told = " ".join(merged(tmp_path / "one").split())
+    assert "nothing was scored" in told
+    assert "relative error of the export" in told
+    assert f"merged adapter, report and recipe: {tmp_path / 'one'}" in told
+    # A process of several that only helps.
+    monkeypatch.setattr("peft_himerge.processes.is_main", lambda: False)
+    assert "nothing was scored" not in merged(tmp_path / "two")
+
+
+def test_a_merge_that_looks_at_no_score_has_a_plan_and_no_sweep(
+    shop: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root, name = shop("drop_in_ties.yaml"), "drop_in_ties.yaml"
+    given = sets(root, name, tmp_path / "out")
+    flags = [p for c in given for p in ("--set", c)]
+    shown = CliRunner().invoke(app, ["plan", str(RECIPES / name), *flags])
+    assert shown.exit_code == 0, shown.output
+    assert "ties: no score decides this merge; its cost is its arithmetic" in shown.output
+    assert "4 states x 2 tasks = 8 scores of test data" in shown.output
+    told = read_recipe(RECIPES / name, workshop.pointed(root, name))
+    own_file = tmp_path / name
+    own_file.write_text(yaml.safe_dump(told.model_dump(exclude_defaults=True)), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a sweep needs scores, but .*drop_in_ties\.yaml"):
+        sweep_recipe(own_file, None, None)
+
+
+def test_validate_tells_the_faults_of_a_file_that_cannot_be_read_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "broken.yaml").write_text("adapters: [", encoding="utf-8")
+    (tmp_path / "latin.yaml").write_bytes("out: gemischt für".encode("latin-1"))
+    shown = CliRunner().invoke(app, ["validate", "broken.yaml", "latin.yaml"])
+    assert shown.exit_code == 2, shown.output
+    assert "broken.yaml" in shown.output
+    assert "this is no text in UTF-8" in shown.output
+    assert shown.output.split("\n")[-2] == "2 faults"
 
 
 def test_warnings_are_shown_and_markup_in_names_does_no_harm(

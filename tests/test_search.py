@@ -46,6 +46,29 @@ def test_coarse_search_finds_a_peak_on_its_lines() -> None:
     assert best(trials).edit == Edit(0.3, 0.7)
 
 
+@pytest.mark.parametrize(
+    ("target", "peak", "scales", "last"),
+    [
+        ("own", (0.5, 0.7), (0.3, 0.5, 0.7, 0.8, 0.9, 1.0), 0.5),
+        ("own", (0.5, 0.0), (0.3, 0.5, 0.7, 0.8, 0.9, 1.0), 0.5),
+        ("merged", (0.1, 1.5), (0.3, 0.5, 0.7, 1.0, 1.25, 1.5), 1.25),
+    ],
+)
+def test_coarse_search_looks_along_scale_along_density_and_at_the_next_scale(
+    target: str, peak: tuple[float, float], scales: tuple[float, ...], last: float
+) -> None:
+    top = min(scales, key=lambda s: abs(s - peak[1]))
+    _, asked = run(HiMergeConfig(search_target=target), peak)
+    assert asked[:6] == [Edit(1.0, s) for s in scales]
+    assert asked[6:11] == [Edit(p, top) for p in (0.1, 0.2, 0.3, 0.5, 0.7)]
+    assert asked[11:] == [Edit(peak[0], last)]  # the next smaller one, of the smallest the larger
+
+
+def test_scores_that_are_too_few_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        search_edit("en", HiMergeConfig(), lambda edits: [0.5] * (len(edits) - 1))
+
+
 @pytest.mark.parametrize("kind", ["grid", "coarse"])
 def test_search_leaves_the_given_one_alone(kind: str) -> None:
     trials, asked = run(HiMergeConfig(search=kind, scale=0.9), (0.6, 0.1))
@@ -115,6 +138,7 @@ def test_a_search_by_optuna_without_optuna_is_refused(monkeypatch: pytest.Monkey
 def test_budget_is_the_number_of_scores() -> None:
     assert budget(HiMergeConfig(density=0.5, scale=1.0)) == 0
     assert budget(HiMergeConfig(search="grid")) == 100
+    assert budget(HiMergeConfig(search="optuna")) == 20
     assert budget(HiMergeConfig(density={"a": 0.5}, scale={"a": 1.0})) == 0
 
 

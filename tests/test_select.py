@@ -183,7 +183,7 @@ def test_kept_count_is_the_ceiling_of_the_decimal_product(
 
 
 @given(
-    values=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12),
+    values=st.lists(st.floats(-2, 2) | st.floats(-1e3, 1e3), min_size=1, max_size=12),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     data=st.data(),
 )
@@ -191,9 +191,16 @@ def test_prune_keeps_exactly_the_entries_at_or_above_the_cut(
     values: list[float], dtype: torch.dtype, data: st.DataObject
 ) -> None:
     delta = torch.tensor(values, dtype=dtype)
-    cut = abs(data.draw(st.sampled_from(values)))
+    cut = abs(data.draw(st.sampled_from(delta.tolist())))
     want = torch.where(delta.abs() >= cut, delta, torch.zeros_like(delta))
     assert torch.equal(prune_(delta.clone(), cut), want)
+
+
+def test_prune_at_a_cut_below_one_and_at_one_that_only_float64_holds() -> None:
+    assert prune_(torch.tensor([0.25, -0.5, 0.75]), 0.5).tolist() == [0.0, -0.5, 0.75]
+    third = 1 / 3  # between two float32 numbers, 0.33333331 and 0.33333334
+    delta = torch.tensor([third, 0.33333332], dtype=torch.float64)
+    assert prune_(delta, third).tolist() == [third, 0.0]
 
 
 def test_prune_at_zero_keeps_all_and_at_infinity_none() -> None:

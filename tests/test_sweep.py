@@ -18,7 +18,7 @@ from snapshot import moved, snapshot
 from test_cli import EVALS
 
 from peft_himerge import HiMergeConfig, MergePlan, merge_adapters_hi
-from peft_himerge.errors import ConfigError, EvalError
+from peft_himerge.errors import ConfigError, EvalError, MissingExtraError
 from peft_himerge.events import Event, StateScored
 from peft_himerge.sweep import Sweep, merger, read_sweep, run_agent, run_local
 from peft_himerge.tracking.book import overall
@@ -423,3 +423,19 @@ def test_agent_logs_the_base_score_of_a_trial_that_fails(
     base = tiny.tiny_model("llama")
     want = sum(float(fn(base).mean()) for fn in plain.values()) / 2
     assert found.values("himerge/best_score") == [pytest.approx(want, abs=1e-6)]
+
+
+def test_agent_without_wandb_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'peft-himerge\[wandb\]'"):
+        run_agent(density_and_scale(tmp_path), _fails)
+
+
+def test_a_sweep_of_no_parameters_is_refused(tmp_path: Path) -> None:
+    for written in ("{}", "[]"):
+        head = HEAD.partition("parameters:")[0] + f"parameters: {written}\n"
+        file = write(tmp_path, head=head.replace("{}", "{{}}"))
+        with pytest.raises(ConfigError, match="parameters is empty: name the options to vary"):
+            read_sweep(file)

@@ -19,6 +19,7 @@ import wandb_records
 from peft_himerge import HiMergeConfig, MergePlan, MergeResult, merge_adapters_hi
 from peft_himerge.callback import HiMergeCallback
 from peft_himerge.contribution import Contributions
+from peft_himerge.errors import MissingExtraError
 from peft_himerge.events import (
     AdapterSaved,
     Event,
@@ -269,6 +270,34 @@ def test_tensorboard_outside_of_training_counts_merges(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [e.step for e in events.Scalars("himerge/score")] == [1, 2]
+
+
+def test_tensorboard_of_a_merge_without_analysis_has_no_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = tiny.peft_model("llama", 2, dtype=torch.float32)
+    with TensorBoardListener(tmp_path) as listener:
+        result = merge_adapters_hi(
+            model, NAMES[:1], tiny.eval_fns("llama", NAMES[:1]), config=CONFIG, callbacks=[listener]
+        )
+    assert len(result.contributions) == 0
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert tags["images"] == []
+    assert not [name for name in tags["scalars"] if "conflicts" in name]
+    (merged,) = events.Scalars(f"himerge/merged/{NAMES[0]}")
+    assert merged.value == pytest.approx(result.scores["exported"][NAMES[0]])
+
+
+def test_tensorboard_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'peft-himerge\[tensorboard\]'"):
+        TensorBoardListener(tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_json_lines_hold_the_whole_story(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def trained_token_rows_are_added_up(add: Add) -> None:
     torch.testing.assert_close(got[7], base[7] - (b[7] - base[7]))
 
 
-def tokens(indices: Mapping[str, list[int]]) -> PeftModel:
+def tokens(indices: Mapping[str, Any]) -> PeftModel:
     specs = {
         name: {"target_modules": ["q_proj"], "trainable_token_indices": rows}
         for name, rows in indices.items()
@@ -822,6 +822,7 @@ def test_the_order_of_adapters_does_not_matter_and_the_seed_does() -> None:
         ({"weights": [1.0, float("inf")]}, "finite"),
         ({"weights": [1.0, "2"]}, "finite"),
         ({"weights": [True, 1.0]}, "finite"),
+        ({"weights": [1.0, None]}, "weight of adapter 'q' must be a finite number, got None"),
         ({"weights": {"p": 1.0}}, "no value for adapter 'q'"),
         ({"weights": {"p": 1.0, "q": 1.0, "s": 1.0}}, "names 's'"),
         ({"adapter_name": "p"}, "'p' already"),
@@ -885,6 +886,41 @@ def test_different_invocation_tokens_have_no_sum() -> None:
     assert model.peft_config["m"].alora_invocation_tokens == [1, 2]
     with pytest.raises(AdapterError, match="different moments"):
         add_weighted_adapter(model, ["p", "s"], [1.0, 1.0], "n", "cat")
+
+
+def test_token_rows_may_be_given_per_module_but_by_all_alike() -> None:
+    rows = {"p": {"embed_tokens": [1, 5]}, "q": {"embed_tokens": [5, 7]}, "s": [5]}
+    model = tokens(rows)
+    add_weighted_adapter(model, ["p", "q"], [1.0, 1.0], "m", "cat")
+    assert model.peft_config["m"].trainable_token_indices == {"embed_tokens": [1, 5, 7]}
+    layer = model.get_input_embeddings().token_adapter
+    base = layer.base_layer.weight
+    p, q, m = (layer.trainable_tokens_delta[name] for name in ("p", "q", "m"))
+    want = torch.stack([p[0], p[1] + q[0] - base[5], q[1]])
+    torch.testing.assert_close(m, want)
+    with pytest.raises(AdapterError, match="train them alike"):
+        add_weighted_adapter(model, ["p", "s"], [1.0, 1.0], "n", "cat")
+    assert "n" not in model.peft_config
+
+
+def test_an_adapter_without_token_rows_changes_none() -> None:
+    specs: dict[str, Any] = {
+        "p": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
+        "q": {"target_modules": ["q_proj"]},
+    }
+    model = add_adapters(tiny_model("llama", dtype=torch.float32), specs)
+    layer = model.get_input_embeddings().token_adapter
+    layer.trainable_tokens_delta["p"].data.mul_(-2.0)
+    add_weighted_adapter(model, ["p", "q"], [1.0, 3.0], "m", "cat")
+    torch.testing.assert_close(layer.trainable_tokens_delta["m"], layer.trainable_tokens_delta["p"])
+
+
+def test_weights_that_cancel_have_no_average_of_heads() -> None:
+    model = net({"p": {"modules_to_save": ["head"]}, "q": {"modules_to_save": ["head"]}})
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=r"weights of \['p', 'q'\] sum to 0: .* no average"):
+        add_weighted_adapter(model, ["p", "q"], [1.0, -1.0], "m", "cat", modules_to_save="average")
+    assert moved(before, snapshot(model)) == []
 
 
 def test_extreme_shapes() -> None:

@@ -163,12 +163,12 @@ def _rows(table: Mapping[str, Mapping[str, Score]]) -> list[list[str]]:
     for state, row in table.items():
         cells = [f"{score.value:.3f} ± {score.se or 0.0:.3f}" for score in row.values()]
         mean = sum(score.value for score in row.values()) / len(row)
-        kept = [
-            (score.value - table["base"][task].value)
-            / (table[task][task].value - table["base"][task].value)
-            for task, score in row.items()
-        ]
-        share = f"{sum(kept) / len(kept):.0%}"
+        kept = []
+        for task, score in row.items():
+            start, alone = table["base"][task].value, table[task][task].value
+            if alone > start:  # else it has nothing to keep
+                kept.append((score.value - start) / (alone - start))
+        share = f"{sum(kept) / len(kept):.0%}" if kept else ""
         rows.append([_NAMES.get(state, state), *cells, f"{mean:.3f}", share])
     return rows
 
