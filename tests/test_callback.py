@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -21,12 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from snapshot import bits, moved, snapshot
-from transformers import (
-    EarlyStoppingCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from peft_himerge import HiMergeConfig, HiMergeError, MergePlan
@@ -87,17 +81,12 @@ class Heard:
 
 # ------------------------------------------------------------------ training is bit-identical
 
-# Older releases of transformers know the option by its old name alone.
-_KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
-CHECKPOINTING = next(
-    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _KNOWN
-)
 SETUPS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "gradient checkpointing": {CHECKPOINTING: True},
+    "gradient checkpointing": {"activation_checkpointing": True},
     "reentrant checkpointing": {
-        CHECKPOINTING: True,
-        f"{CHECKPOINTING}_kwargs": {"use_reentrant": True},
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
     },
     "bf16 autocast": {"bf16": True},
     "accumulation": {"gradient_accumulation_steps": 2, "max_steps": 3, "eval_steps": 1},
