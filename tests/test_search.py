@@ -111,11 +111,10 @@ def test_optuna_asks_nearer_to_the_peak_than_random_draws_and_ever_nearer() -> N
     cases = [(p, s) for p in ((0.4, 0.7), (0.2, 0.3), (0.8, 0.5)) for s in range(4)]
     found = [distances("optuna", *case) for case in cases]
     assert max(min(d) for d in found) < 0.15
-    # One run proves little, and Optuna 4 goes on otherwise than 5 after the ten random points.
     nearer = [sum(d) < sum(distances("random", *c)) for d, c in zip(found, cases, strict=True)]
-    assert sum(nearer) >= len(cases) - 1
+    assert all(nearer)
     early, late = (sum(sum(d[part]) for d in found) for part in (slice(10), slice(-10, None)))
-    assert late < 0.9 * early
+    assert late < 0.75 * early  # 0.64; by random draws 0.94, by Optuna 4 0.88
 
 
 def test_optuna_leaves_the_given_one_alone_and_ends_with_the_grid() -> None:
