@@ -14,6 +14,7 @@ import pytest
 import torch
 from matrix import bases, reload, setups, table, truth
 from matrix.cells import MERGED, WAYS, Cell, Refused, cells
+from paper import paper
 from snapshot import moved, snapshot
 from torch import Tensor
 
@@ -62,7 +63,8 @@ def by_drop_in(made: setups.Made, cell: Cell, folder: Path) -> oracle.Deltas:
 
 
 def by_hi(made: setups.Made, cell: Cell, folder: Path) -> oracle.Deltas:
-    config = HiMergeConfig(density=0.6, scale=0.9, rank="exact", max_export_drop=None)
+    # The paper's rule, as "joint" drops adapters that are no good at their task, random ones too.
+    config = paper(density=0.6, scale=0.9, rank="exact", max_export_drop=None)
     fns = eval_fns(cell.base, made.dtype)
     result = merge_adapters_hi(made.model, list(WEIGHTS), fns, adapter_name="made", config=config)
     result.save(folder, page=False)
