@@ -362,6 +362,12 @@ def test_likelihood_reads_the_first_answers_after_a_separator() -> None:
         assert float(found["log_likelihood"][i]) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["multiple_choice", "likelihood", "perplexity"])
+def test_likelihoods_are_refused_by_an_encoder_decoder(name: str) -> None:
+    with pytest.raises(EvalError, match=r"causal LM, but T5For.* is an encoder-decoder: use gen"):
+        CAUSAL_EVALS[name]()(bytewise.t5())
+
+
 def test_likelihood_knows_which_answer_a_model_was_trained_on() -> None:
     model = bytewise.llama()
     ids = torch.tensor([row_ids("say: yes")])

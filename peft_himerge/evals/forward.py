@@ -82,7 +82,17 @@ def padded(
 def last_logits(
     model: nn.Module, sequences: Sequence[Sequence[int]], keep: int, pad: int
 ) -> Tensor:
-    """Logits at the last `keep` positions of left-padded sequences, (batch, keep, vocabulary)."""
+    """Logits at the last `keep` positions of left-padded sequences, (batch, keep, vocabulary).
+
+    Raises:
+        EvalError: the model is an encoder-decoder.
+    """
+    inner = inner_model(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise EvalError(
+            f"the likelihood of a text is asked of a causal LM, but {type(inner).__name__} is an "
+            f"encoder-decoder: use generation, or an eval function of your own."
+        )
     device = input_device(model)
     input_ids, mask = padded(sequences, pad, "left", width=keep)
     width = input_ids.shape[1]
