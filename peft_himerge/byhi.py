@@ -35,7 +35,7 @@ HI = register(
         name="hi",
         title="Hi-Merging",
         url="https://arxiv.org/abs/2506.12379",
-        variant="authors; the paper's text",
+        variant="ours; the authors' by variant='paper'",
         needs="scores",
         low_rank=False,
         elementwise=False,

@@ -53,9 +53,10 @@ def merge_adapters_hi(
     task alone and after merging, and repair the layers where merging hurts. No training, no
     training data; only the eval functions.
 
-    Source: Hi-Merging (ACL 2025, arXiv 2506.12379). Where we differ from the paper's text:
-    density and scale are searched with at most 12 scores per adapter unless `search` says so;
-    with one adapter the analysis is skipped (nothing can conflict).
+    Source: Hi-Merging (ACL 2025, arXiv 2506.12379). Where we differ from the paper's text: the
+    mean score of the merged model decides density, scale and every repair, unless the options
+    say ``variant="paper"``; density and scale are searched with few scores per adapter unless
+    `search` says so; with one adapter the analysis is skipped (nothing can conflict).
 
     Args:
         model: a PeftModel with the adapters loaded; comes back bit-identical but for the new
