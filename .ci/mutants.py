@@ -30,6 +30,9 @@ ROOMS: dict[str, list[str]] = {
     "select": ["tests/test_select.py", "tests/test_select_brackets.py"],
     "rounds": ["tests/test_rounds.py"],
     "config": ["tests/test_config.py"],
+    "run": ["tests/test_run.py"],
+    "lowrank": ["tests/test_lowrank.py"],
+    "hi": ["tests/test_hi.py"],
 }
 
 # Hypothesis need not look for the smallest example of a failure that nobody reads.
