@@ -86,7 +86,7 @@ def low_rank(combiner: Combiner, module: str, terms: Sequence[Term], rank: Rank)
     if all(term.cut <= 0.0 for term in terms):
         scaled = [(*f.scaled(), term.scale) for f, term in combiner.factors(module, terms)]
         b = torch.cat([b * scale for b, _, scale in scaled], dim=1)
-        return low_rank_of_product(b, torch.cat([a for _, a, _ in scaled], dim=0), rank)
+        return low_rank_of_product(b, torch.cat([a for _, a, _ in scaled]), rank)
     delta = combiner.delta(module, terms)
     if rank == "exact":
         return low_rank_of_dense(delta, rank)
@@ -298,5 +298,6 @@ def _leading(
 
 def _to_come(gain: float, before: float) -> float:
     """Return the sum of all gains to come if each is the same share of the one before it."""
-    ratio = max(_LEAST_RATIO, gain / before if before < math.inf else 0.0)
+    # Where there was no gain before, there is rounding alone, and no ratio to be had.
+    ratio = max(_LEAST_RATIO, gain / before if 0.0 < before < math.inf else 0.0)
     return gain * ratio / (1.0 - ratio) if ratio < 1.0 else math.inf

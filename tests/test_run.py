@@ -97,7 +97,7 @@ class Watched(Combiner):
     prepared: list[tuple[str, tuple[float, ...], str]]
 
     def prepare(self, adapter: str, densities: Iterable[float], scope: str = "model") -> None:
-        self.prepared = getattr(self, "prepared", [])  # noqa: B009
+        self.prepared = getattr(self, "prepared", [])
         self.prepared.append((adapter, tuple(densities), scope))
         super().prepare(adapter, densities, scope)
 
