@@ -1,8 +1,8 @@
 """Change one thing at a time in a copy of a room, and see whether the room's tests notice.
 
 The work is mutmut's. This makes it a folder per room, with a copy of the repository in which mutmut
-also reaches properties and context managers (it leaves decorated functions alone), and holds
-what survives against tests/MUTANTS.md, which says of every survivor why it may live. A second run
+also reaches properties, context managers and what is `held` (it leaves decorated functions alone),
+and holds what survives against tests/MUTANTS.md, which says of every survivor why it may live. A second run
 looks only at the functions that changed and at what survived; without build/mutants it begins anew.
 """
 
@@ -31,8 +31,8 @@ ROOMS: dict[str, list[str]] = {
     "rounds": ["tests/test_rounds.py"],
     "config": ["tests/test_config.py"],
     "run": ["tests/test_run.py"],
-    "lowrank": ["tests/test_lowrank.py"],
-    "hi": ["tests/test_hi.py"],
+    "lowrank": ["tests/test_lowrank.py", "tests/test_randomised.py"],
+    "hi": ["tests/test_hi_steps.py"],
 }
 
 # Hypothesis need not look for the smallest example of a failure that nobody reads.
@@ -47,7 +47,7 @@ settings.load_profile("mutants")
 
 
 def bare(source: str) -> str:
-    """Return `source` with `@property` and `@contextmanager` applied a line after the function."""
+    """Return `source` with `@property`, `@contextmanager` and `@held()` after their functions."""
     lines = source.splitlines()
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     for node in sorted(found, key=lambda node: -node.lineno):
@@ -55,6 +55,9 @@ def bare(source: str) -> str:
             case [ast.Name(id="property" | "contextmanager" as name, lineno=at)]:
                 indent = " " * node.col_offset
                 lines.insert(node.end_lineno or 0, f"{indent}{node.name} = {name}({node.name})")
+                del lines[at - 1]
+            case [ast.Call(func=ast.Name(id="held"), args=[], lineno=at)]:
+                lines.insert(node.end_lineno or 0, f"{node.name} = held()({node.name})")
                 del lines[at - 1]
     return "\n".join(lines) + "\n"
 

@@ -225,7 +225,7 @@ class Run:
         plans = [plan for plan in plans if plan.fingerprint != self.plan.fingerprint]
         if not plans:
             return None
-        self._ask(engine, list(self.tasks), self.plan, *plans)
+        self._ask(engine, self.tasks, *plans)
         before = _mean(self._scores(engine, self.plan))
         after = [self._scores(engine, plan) for plan in plans]
         best_at = max(range(len(plans)), key=lambda i: (_mean(after[i]), -i))

@@ -375,6 +375,12 @@ def test_one_adapter_is_neither_analysed_nor_repaired() -> None:
     assert [type(event) for event in heard] == [MergeStarted]
 
 
+def test_density_and_scale_may_differ_per_adapter() -> None:
+    config = paper(density={"a": 0.5, "b": 1.0}, scale={"a": 0.75, "b": 0.25})
+    run, _, _ = merged(chance(1), config)
+    assert run.model_wise.adapters == {"a": Edit(0.5, 0.75), "b": Edit(1.0, 0.25)}
+
+
 def test_an_adapter_of_zeros_takes_part_as_a_guard() -> None:
     zero = adapter("b", "h.0.q", "h.2.q", zero=True)
     made = Combiner([*three(1).adapters.values(), zero])
