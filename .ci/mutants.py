@@ -2,8 +2,9 @@
 
 The work is mutmut's. This makes it a folder per room, with a copy of the repository in which mutmut
 also reaches properties, context managers and what is `held` (it leaves decorated functions alone),
-and holds what survives against tests/MUTANTS.md, which says of every survivor why it may live. A second run
-looks only at the functions that changed and at what survived; without build/mutants it begins anew.
+and holds what survives against tests/MUTANTS.md, which says of every survivor why it may live. A
+second run looks only at the functions that changed and at what survived; without build/mutants it
+begins anew.
 """
 
 from __future__ import annotations

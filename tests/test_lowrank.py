@@ -208,6 +208,7 @@ def test_a_dense_delta_at_rank_exact_is_one_of_the_factors(shape: tuple[int, int
     whole, unit = (part.a, part.b) if shape[0] <= shape[1] else (part.b, part.a)
     assert whole is delta
     assert torch.equal(unit, torch.eye(min(shape), dtype=torch.float64))
+    assert unit.dtype == torch.float64
     assert (part.error, part.note) == (0.0, "")
     assert part.norm == pytest.approx(float(delta.norm()), rel=1e-12)
 
@@ -422,6 +423,7 @@ def test_a_share_of_the_energy_is_looked_for_in_twice_as_many_directions(
         (1.0, math.inf, 7 / 3),  # nothing to compare with: the least ratio, 0.7
         (1.0, 2.0, 7 / 3),
         (9.0, 10.0, 81.0),
+        (0.25, 0.3125, 1.0),
         (10.0, 10.0, math.inf),
         (15.0, 10.0, math.inf),
         (30.0, 10.0, math.inf),
