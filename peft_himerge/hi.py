@@ -183,7 +183,7 @@ def apply_plan(
         PlanError: the plan was made for other adapters or other weights.
     """
     start = time.perf_counter()
-    config = HiMergeConfig(density=1.0, scale=1.0, rank=rank)
+    config = HiMergeConfig(rank=rank)
     if not plan.adapters:
         raise ConfigError("the plan merges no adapter: it is the base model's.")
     _check_free(model, adapter_name)
@@ -235,7 +235,7 @@ def score_plans(
     tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}
     probe = _probe(model, combiner, config)
     with together(config.processes) as team, preserved(model):
-        run = Run(combiner, tasks, config, tuple(callbacks) if team.main else ())
+        run = Run(combiner, tasks, config, tuple(callbacks))  # told by the engine of the main one
         _start_alike(team, model, combiner, None)
         with probe:
             cost = Cost.flat(len(plans) * len(tasks))
@@ -267,7 +267,7 @@ def _result(
         rank=rank,
         scores_computed=scores,
         seconds=time.perf_counter() - start,
-        options=run.config.model_dump(mode="json") if run.tasks else {"rank": run.config.rank},
+        options=run.config.model_dump() if run.tasks else {"rank": run.config.rank},
         blocks_run=blocks[0],
         blocks_skipped=blocks[1],
         _combiner=run.combiner,

@@ -121,7 +121,7 @@ def test_a_merge_goes_through_to_its_result() -> None:
     ]
     assert {r.conflict.layer for r in result.conflicts} == set(MODULES)
     assert result.search == ()
-    assert result.options == FIXED.model_dump(mode="json")
+    assert result.options == FIXED.model_dump()
     started, *_, finished = heard
     assert isinstance(started, MergeStarted)
     assert (started.adapters, started.tasks) == (("en", "zh"), ("en", "zh", "general"))
@@ -149,7 +149,7 @@ def test_a_merge_left_to_itself_is_named_merged_and_searches_as_configured() -> 
     result = merge_adapters_hi(model, ["zh"], tasks("zh"))
     assert list(model.peft_config) == ["zh", "merged"]
     assert result.adapter_name == "merged"
-    assert result.options == HiMergeConfig().model_dump(mode="json")
+    assert result.options == HiMergeConfig().model_dump()
     assert {trial.adapter for trial in result.search} == {"zh"}
     assert result.plan.adapters["zh"] == max(result.search, key=lambda t: t.value).edit
     assert result.scores_computed >= len(result.search)
@@ -283,14 +283,17 @@ def test_the_engine_is_given_all_there_is(monkeypatch: pytest.MonkeyPatch, tmp_p
         update={"strategy": "lazy", "prefix_cache_gb": 0.25, "verify": True, "metric": None}
     )
     with company(monkeypatch, team):
-        merge_adapters_hi(model, ["zh", "en"], fns, config=config, journal=tmp_path / "a.jsonl")
+        file = tmp_path / "a.jsonl"
+        result = merge_adapters_hi(model, ["zh", "en"], fns, config=config, journal=file)
         score_plans(model, ["en"], {"x": MergePlan.base(), "y": MergePlan.base()}, fns)
     (probe, held, _, cost, named), (_, plain, _, flat, rest) = Asked.made
     assert (probe.strategy, probe._verify, probe.blocks._budget) == ("lazy", True, 250_000_000)
+    counted = (probe.blocks.run, probe.blocks.skipped)
+    assert (result.blocks_run, result.blocks_skipped) == counted != counted[::-1]
     assert [t.guard for t in held.values()] == [False, False, True]
     assert [t.guard for t in plain.values()] == [False, False, False]
     assert (named["team"], rest["team"]) == (team, team)
-    assert named["ledger"].journal.file == tmp_path / "a.jsonl"
+    assert named["ledger"].journal.file == file
     assert list(named["ledger"].adapters) == ["en", "zh"]
     assert set(named["ledger"].evals) == set(fns)
     assert cost.steps[0].name == "base"
@@ -664,6 +667,8 @@ def test_plans_that_cannot_be_scored_are_refused() -> None:
     for adapters, plans, options, error, text in cases:
         with pytest.raises(error, match=text):
             score_plans(model, adapters, plans, fns, config=HiMergeConfig(**options))
+    with pytest.raises(EvalError, match="task 'one' returned None"):
+        score_plans(model, ["zh"], {"it": plan}, {"one": lambda model: None})
     assert moved(before, snapshot(model)) == []
 
 
