@@ -235,7 +235,7 @@ def score_plans(
     tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}
     probe = _probe(model, combiner, config)
     with together(config.processes) as team, preserved(model):
-        run = Run(combiner, tasks, config, tuple(callbacks))  # told by the engine of the main one
+        run = Run(combiner, tasks, config, tuple(callbacks))
         _start_alike(team, model, combiner, None)
         with probe:
             cost = Cost.flat(len(plans) * len(tasks))

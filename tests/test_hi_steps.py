@@ -280,14 +280,14 @@ def test_the_engine_is_given_all_there_is(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(Asked, "made", [])
     fns, model = tasks("zh", "en", "general"), net("zh", "en")
     config = FIXED.model_copy(
-        update={"strategy": "lazy", "prefix_cache_gb": 0.25, "verify": True, "metric": None}
+        update={"strategy": "lazy", "prefix_cache_gb": 3.5, "verify": True, "metric": None}
     )
     with company(monkeypatch, team):
         file = tmp_path / "a.jsonl"
         result = merge_adapters_hi(model, ["zh", "en"], fns, config=config, journal=file)
         score_plans(model, ["en"], {"x": MergePlan.base(), "y": MergePlan.base()}, fns)
     (probe, held, _, cost, named), (_, plain, _, flat, rest) = Asked.made
-    assert (probe.strategy, probe._verify, probe.blocks._budget) == ("lazy", True, 250_000_000)
+    assert (probe.strategy, probe._verify, probe.blocks._budget) == ("lazy", True, 3_500_000_000)
     counted = (probe.blocks.run, probe.blocks.skipped)
     assert (result.blocks_run, result.blocks_skipped) == counted != counted[::-1]
     assert [t.guard for t in held.values()] == [False, False, True]
@@ -692,6 +692,22 @@ def test_a_result_tells_what_the_run_found_and_how_long_it_took(
         model, ["zh", "en"], tasks("zh", "en"), adapter_name="plain", config=off
     )
     assert (plain.blocks_run, plain.blocks_skipped) == (0, 0)
+
+
+def test_peft_adds_to_the_user_s_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = net("zh", "en"), list[bool]()
+    weights = [layer.base_layer.weight for layer in model.base_model.model.h]
+    add = room.export.add_adapter
+
+    def noted(model: Any, *given: Any) -> int:
+        now = [layer.base_layer.weight for layer in model.base_model.model.h]
+        seen.append(all(one is other for one, other in zip(now, weights, strict=True)))
+        return add(model, *given)
+
+    monkeypatch.setattr(room.export, "add_adapter", noted)
+    result = merge_adapters_hi(model, ["zh", "en"], tasks("zh", "en"), config=FIXED)
+    apply_plan(model, result.plan, adapter_name="again")
+    assert seen == [True, True]  # no state is left in their place
 
 
 def test_modules_are_watched_through_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
