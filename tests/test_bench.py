@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import runpy
 import shutil
 import subprocess
@@ -110,6 +111,11 @@ def done(root: Path) -> Path:
     return cells
 
 
+def _drawn(root: Path, task: str, kind: str, seed: int = 0) -> list[Any]:
+    every = load_rows(root / "data" / task, kind, split="validation")
+    return random.Random(seed).sample(every, ROWS)
+
+
 def _accuracy(model: Any, task: str, root: Path) -> float:
     rows = load_rows(root / "data" / task, "multiple_choice", split="test", limit=TEST)
     scored = multiple_choice(rows, bytewise.tokenizer(), batch_size=4)
@@ -130,7 +136,7 @@ def test_text_is_chosen_by_likelihood_and_judged_by_what_is_written(root: Path) 
     tokenizer, model = bytewise.tokenizer(), bytewise.llama()
     sizes = {"rows": ROWS, "test_rows": TEST, "max_new_tokens": 4}
     smooth = load_tasks(root / "data", ["text"], tokenizer, **sizes)["text"]
-    rows = load_rows(root / "data" / "text", "likelihood", split="validation", limit=ROWS)
+    rows = _drawn(root, "text", "likelihood")
     by_hand = likelihood(rows, tokenizer, max_references=1, with_end=True)(model)
     chosen_by = smooth.validation(model)[smooth.guide]
     torch.testing.assert_close(chosen_by, by_hand["probability"])
@@ -138,6 +144,21 @@ def test_text_is_chosen_by_likelihood_and_judged_by_what_is_written(root: Path) 
     assert (measured.guide, smooth.measure) == ("text_match", "text_match")
     assert len(measured.validation(model)["text_match"]) == ROWS
     assert smooth.test(model)["text_match"] == measured.test(model)["text_match"]
+
+
+def test_the_seed_draws_validation_rows_and_test_rows_stay(root: Path) -> None:
+    tokenizer, model = bytewise.tokenizer(), bytewise.llama()
+    sizes = {"rows": ROWS, "test_rows": TEST}
+    task, same, other, whole = (
+        load_tasks(root / "data", ["one"], tokenizer, **{**sizes, **more})["one"]
+        for more in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"seed": 1, "rows": 1000})
+    )
+    by_hand = multiple_choice(_drawn(root, "one", "multiple_choice", seed=1), tokenizer)(model)
+    torch.testing.assert_close(task.validation(model)["probability"], by_hand["probability"])
+    assert task.validation.fingerprint == same.validation.fingerprint
+    assert task.validation.fingerprint != other.validation.fingerprint
+    assert task.test.fingerprint == other.test.fingerprint
+    assert len(whole.validation(model)["accuracy"]) == 20  # all there are
 
 
 def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) -> None:
@@ -150,11 +171,7 @@ def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) ->
     assert {t: v for t, (v, _) in lines["plain_sum"].values.items()} == pytest.approx(summed)
     tokenizer = bytewise.tokenizer()
     validation = {
-        task: multiple_choice(
-            load_rows(root / "data" / task, "multiple_choice", split="validation", limit=ROWS),
-            tokenizer,
-            batch_size=8,
-        )
+        task: multiple_choice(_drawn(root, task, "multiple_choice"), tokenizer, batch_size=8)
         for task in ("one", "two")
     }
     found = merge_adapters_hi(
@@ -420,12 +437,10 @@ def test_quick_is_a_small_run_of_everybody(root: Path, tmp_path: Path) -> None:
 def test_script_says_how_stable_the_analysis_is(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Path(__file__).parents[1] / "examples" / "bench" / "stability.py"
     folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
     out = tmp_path / "found.json"
     sizes = ["--rows=16", "--draws=2", f"--out={out}"]
-    monkeypatch.setattr(sys, "argv", [str(script), "one", "two", *folders, *sizes])
-    runpy.run_path(str(script), run_name="__main__")
+    _run_script("stability.py", ["one", "two", *folders, *sizes], monkeypatch)
     told = json.loads(out.read_text())
     assert (told["setting"], told["rows"], set(told["stability"])) == (
         "one+two",
@@ -437,6 +452,46 @@ def test_script_says_how_stable_the_analysis_is(
             (metric, 8) for metric in ("accuracy", "probability", "log_likelihood")
         ]
         assert all(0 <= r["kinds"] <= 1 and -1 <= r["order"] <= 1 for r in rows)
+
+
+def _run_script(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[1] / "examples" / "bench" / name
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_script_draws_the_surface_of_single_adapters(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    out = tmp_path / "found.json"
+    _run_script("surface.py", ["one", *folders, "--rows=1000", f"--out={out}"], monkeypatch)
+    (points,) = json.loads(out.read_text())["surfaces"].values()
+    assert len({(p["density"], p["scale"]) for p in points}) == len(points) == 70
+    # The point that changes nothing is the adapter itself, as plain PEFT has it.
+    (whole,) = (p for p in points if (p["density"], p["scale"]) == (1.0, 1.0))
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    model = PeftModel.from_pretrained(base, str(root / "adapters" / "one")).eval()
+    rows = load_rows(root / "data" / "one", "multiple_choice", split="validation")
+    alone = multiple_choice(rows, bytewise.tokenizer())(model)["accuracy"].mean()
+    assert whole["score"] == pytest.approx(float(alone))
+
+
+def test_script_exports_a_cells_plan_at_every_rank(
+    root: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    out = tmp_path / "found.json"
+    more = [f"--cells={done}", "--contender=hi_careful", f"--test-rows={TEST}", f"--out={out}"]
+    _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
+    rows = json.loads(out.read_text())["settings"]["one+two"]
+    cell = json.loads((done / "merges" / "one+two" / "hi_careful.json").read_text())
+    assert [row["asked"] for row in rows] == [4, 8, 16, 32, 64, "exact"]
+    errors = [row["export_error"] for row in rows]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == pytest.approx(0.0, abs=1e-5)
+    exact = {task: row["value"] for task, row in rows[-1]["test"].items()}
+    assert exact == pytest.approx({task: row["value"] for task, row in cell["test"].items()})
 
 
 def _train(root: Path, out: Path, *more: str) -> dict[str, Any]:

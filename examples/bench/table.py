@@ -26,10 +26,11 @@ def text(cells: Path = CELLS) -> str:
         raise ValueError(f"the cells were computed with different options: {sorted(options)}")
     sizes = json.loads(options.pop())
     hours = sum(cell["seconds"] for cell in found) / 3600
+    on = ", ".join(sorted({cell["device"] for cell in found}))
     told = (
         f"{sizes['rows']} validation rows per task to choose by ({sizes['guide']} guide), at most "
         f"{sizes['budget']} scores for a method of the registry, {sizes['test_rows']} test rows, "
-        f"base in {sizes['dtype']}, seed {sizes['seed']}; {hours:.1f} hours on shared CPU cores."
+        f"base in {sizes['dtype']}, seed {sizes['seed']}; {hours:.1f} hours on {on}."
     )
     return f"{told}\n\n{(overview(cells) or details(cells)).strip()}"
 
