@@ -26,7 +26,15 @@ from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.bench import own, run_bench
 from peft_himerge.bench.lineup import ABLATIONS, LINEUP, choose
 from peft_himerge.bench.run import Options
-from peft_himerge.bench.table import Line, overview, read_settings, render, summarise
+from peft_himerge.bench.studies import studies
+from peft_himerge.bench.table import (
+    Line,
+    overview,
+    read_settings,
+    render,
+    repeats,
+    summarise,
+)
 from peft_himerge.bench.tasks import load_tasks
 from peft_himerge.bench.train import train_tasks
 from peft_himerge.cli import app
@@ -243,7 +251,10 @@ def test_tables_hold_ranks_shares_and_all_settings(done: Path) -> None:
     text = render(done)
     assert text.startswith("**All 2 settings**")
     first, second = (x.mean for n in settings for x in settings[n] if x.title == best.title)
-    row = f"| {best.title} | {first:.3f} | {second:.3f} | {best.kept:.0%} | {best.rank:.1f} |"
+    up = (first + second) / 2 - sum(lines[0].mean for lines in settings.values()) / 2
+    kept = "" if math.isnan(best.kept) else f"{best.kept:.0%}"
+    places = f"{up:+.3f} | {kept} | {best.rank:.1f}"
+    row = f"| {best.title} | {first:.3f} | {second:.3f} | {places} |"
     assert row in text
     own = [line.values[line.name][0] for line in settings["one+two"] if line.name in ("one", "two")]
     assert f"| each adapter alone, on its own task | {sum(own) / 2:.3f} |" in text
@@ -576,3 +587,59 @@ def test_a_base_in_bfloat16_scores_what_transformers_scores_in_it(
     lines = {line.name: line for line in read_settings(cells)["one+two"]}
     for task in ("one", "two"):
         assert lines["base"].values[task][0] == pytest.approx(_accuracy(base, task, root))
+
+
+def test_repeats_are_the_mean_of_the_runs_and_their_spread(root: Path, tmp_path: Path) -> None:
+    names = ("plain_sum", "average", "ties")
+    runs = [
+        bench(
+            root,
+            tmp_path / str(seed),
+            [["one", "two"], ["two", "text"]][: 2 - seed],
+            contenders=names[: 3 - seed],
+            options=replace(SIZES, seed=seed),
+        )[0]
+        for seed in (0, 1)
+    ]
+    lines = [{x.title: x.mean for x in read_settings(run)["one+two"]} for run in runs]
+    header, _, *rows = repeats(runs).splitlines()
+    assert header == "| mean of 2 runs | one+two | all |"  # what both have
+    assert {row.split(" | ")[0][2:] for row in rows} == {"plain sum", "average"}
+    for row in rows:
+        title, told, whole = row.strip("| ").split(" | ")
+        both = [found[title] for found in lines]
+        mean = sum(both) / 2
+        spread = abs(both[0] - both[1]) / math.sqrt(2)  # of two, with n - 1
+        assert told == f"{mean:.3f} ± {spread:.3f}"
+        assert whole == f"{mean:.3f}"
+    for wrong in (runs[:1], []):
+        with pytest.raises(ConfigError, match="two or more runs of the same settings"):
+            repeats(wrong)
+
+
+def test_studies_say_what_the_scripts_found(
+    root: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert studies(tmp_path) == ""
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    sizes = [*folders, "--rows=16"]
+    out = {name: f"--out={tmp_path / name}.json" for name in ("stability", "surface", "ranks")}
+    _run_script("stability.py", ["one", "two", *sizes, "--draws=2", out["stability"]], monkeypatch)
+    _run_script("surface.py", ["one", *sizes, out["surface"]], monkeypatch)
+    more = [f"--cells={done}", "--contender=hi_careful", out["ranks"]]
+    _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
+    text = studies(tmp_path)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in out}
+    first = found["stability"]["stability"]["0.0"][0]
+    assert f"| {first['metric']} | 8 | {first['kinds']:.0%} | {first['chance']:.0%} |" in text
+    points = found["surface"]["surfaces"]["one"]
+    whole = [p for p in points if p["density"] == 0.5]
+    scores = " | ".join(f"{p['score']:.3f}" for p in whole)
+    assert f"| 0.5 | {scores} |" in text
+    exact = found["ranks"]["settings"]["one+two"][-1]
+    assert f"| exact | {exact['rank']} | {exact['export_error']:.3f} |" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## How many examples the analysis needs",
+        "## Density and scale of a single adapter",
+        "## Rank of the exported adapter",
+    ]

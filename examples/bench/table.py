@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from peft_himerge.bench.studies import studies
 from peft_himerge.bench.table import details, overview
 
 CELLS = Path(__file__).with_name("cells")
@@ -37,7 +38,13 @@ def text(cells: Path = CELLS) -> str:
 
 def tables(cells: Path = CELLS) -> str:
     """Return the tables of all settings as markdown."""
-    return f"# The comparison, setting by setting\n\n{text(cells)}\n\n{details(cells)}"
+    parts = (
+        "# The comparison, setting by setting",
+        text(cells),
+        details(cells).strip(),
+        studies(cells.parent),
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 if __name__ == "__main__":
