@@ -643,3 +643,14 @@ def test_studies_say_what_the_scripts_found(
         "## Density and scale of a single adapter",
         "## Rank of the exported adapter",
     ]
+
+
+def test_states_are_kept_when_other_rows_are_drawn(root: Path, tmp_path: Path) -> None:
+    setting = [["one", "two"]]
+    for seed in (0, 1):
+        more = {"contenders": ("ties",), "options": replace(SIZES, rows=3, seed=seed)}
+        _, said = bench(root, tmp_path, setting, **more)
+    kept = [line for line in said if line.startswith("kept")]
+    assert len(kept) == 6
+    assert all(line.startswith("kept states/") for line in kept)
+    assert said[-1].startswith("merges/one+two/ties.json: ")

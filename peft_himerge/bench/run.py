@@ -206,7 +206,7 @@ class _Bench:
             for task in names:
                 self._cell(
                     Path("states") / state / f"{task}.json",
-                    [state, task, self._digests(read), self._told([task])],
+                    [state, task, self._digests(read), self._told([task], "test")],
                     partial(self._state, plan, read, task),
                 )
 
@@ -231,7 +231,7 @@ class _Bench:
         own = [self.options.budget, self.options.guide, self.options.seed]
         self._cell(
             Path("merges") / "+".join(names) / f"{contender.name}.json",
-            [facts, own, self._digests(names), self._told(names)],
+            [facts, own, self._digests(names), self._told(names, "validation", "test")],
             partial(self._hi if contender.hi else self._method, names, contender),
         )
 
@@ -357,9 +357,9 @@ class _Bench:
     def _digests(self, names: Sequence[str]) -> list[str]:
         return [self._base, *(adapter_digest(self.model, name) for name in sorted(names))]
 
-    def _told(self, names: Sequence[str]) -> list[list[str]]:
+    def _told(self, names: Sequence[str], *splits: str) -> list[list[str]]:
         return [
-            [name, *(getattr(self.tasks[name], s).fingerprint for s in ("validation", "test"))]
+            [name, *(getattr(self.tasks[name], split).fingerprint for split in splits)]
             for name in sorted(names)
         ]
 
