@@ -280,9 +280,9 @@ def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
     assert overview(tmp_path) == ""
     cell("merges/b+a/average.json", a=0.4, b=0.4)
     table = overview(tmp_path).splitlines()
-    assert "| trained on the mixed data | 0.600 |  |  |  |" in table
-    assert "| TIES | 0.500 |  |  |  |" in table
-    assert "| average |  | 0.400 |  |  |" in table
+    assert "| trained on the mixed data | 0.600 |  |  |  |  |" in table
+    assert "| TIES | 0.500 |  |  |  |  |" in table
+    assert "| average |  | 0.400 |  |  |  |" in table
 
 
 def test_average_ranks_are_among_those_of_every_setting() -> None:
