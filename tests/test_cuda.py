@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import bytewise
 import numpy as np
 import pytest
-import test_evals_models as rows_of
 import test_journal as journals
 import tiny
 import torch
@@ -25,6 +24,7 @@ from accelerate import dispatch_model
 from fake_scorer import scorer_of
 from paper import paper
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from snapshot import moved, snapshot
 from test_conformance import METHODS, RANKS, options_of, takes
 from test_conformance import model as stacks_of
@@ -38,7 +38,6 @@ from peft_himerge import (
     HiMergeConfig,
     add_weighted_adapter,
     apply_plan,
-    densify,
     evals,
     focus_adapters,
     list_methods,
@@ -48,8 +47,8 @@ from peft_himerge import (
 from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
 from peft_himerge.factors import LoraFactors
-from peft_himerge.geometry import layer_geometry
 from peft_himerge.identity import base_digest
+from peft_himerge.keeping import Settings
 from peft_himerge.lowrank import low_rank_of_dense
 from peft_himerge.methods.registry import MethodInfo
 from peft_himerge.methods.stack import Dense, Stack
@@ -73,7 +72,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="only a GPU's memory is counted")
 
 
 def llama(dtype: torch.dtype = torch.float32, count: int = 2, device: Any = DEVICE) -> PeftModel:
@@ -129,20 +127,15 @@ def test_hi_leaves_the_model_as_it_was_and_its_plan_replays_on_the_cpu(
         other = merge(llama(dtype), variant=variant, **options)
         assert other.plan.to_dict() == folded.plan.to_dict(), options
         for state, row in folded.scores.items():
-            assert other.scores[state] == pytest.approx(row, abs=1e-6), (options, state)
+            assert other.scores[state] == pytest.approx(row, abs=1e-5), (options, state)
     assert folded.blocks_skipped > 0
-    there = apply_plan(llama(dtype, device="cpu"), folded.plan)
+    on_cpu = llama(dtype, device="cpu")
+    assert base_digest(on_cpu) == base_digest(model)
+    there = apply_plan(on_cpu, folded.plan)
     for module in folded._combiner.modules:
         near(folded.delta(module), there.delta(module), 1e-5, module)
-    assert folded.export_error == pytest.approx(there.export_error, rel=1e-3, abs=1e-6)
+    assert folded.export_error == pytest.approx(there.export_error, rel=5e-3, abs=1e-6)
     assert folded.rank == there.rank
-
-
-def test_hi_chooses_on_the_gpu_what_it_chooses_on_the_cpu() -> None:
-    here, there = merge(llama(torch.float64)), merge(llama(torch.float64, device="cpu"))
-    assert here.plan.to_dict() == there.plan.to_dict()
-    for state, row in there.scores.items():
-        assert here.scores[state] == pytest.approx(row, abs=1e-4), state
 
 
 def test_hi_saves_and_merges_in_place(tmp_path: Path) -> None:
@@ -159,17 +152,6 @@ def test_hi_saves_and_merges_in_place(tmp_path: Path) -> None:
     new = model.base_model.model.get_submodule(module).get_base_layer().weight
     assert new.device.type == DEVICE.type
     near(new - weight, result.delta(module), 1e-3, module)
-
-
-def test_threads_change_nothing() -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        several = merge(llama())
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(threads)
-    assert several.to_dict()["scores"] == merge(llama()).to_dict()["scores"]
 
 
 def test_half_a_merge_goes_on_and_computes_no_score_twice(tmp_path: Path) -> None:
@@ -254,17 +236,6 @@ def test_every_method_gives_what_it_gives_on_the_cpu(info: MethodInfo) -> None:
                 near(delta.dense(), want[module].dense(), 1e-4, (module, count, dtype))
 
 
-@pytest.mark.parametrize("space", ["knots", "core"])
-def test_small_spaces_and_lines(space: str) -> None:
-    found = []
-    for device in (DEVICE, "cpu"):
-        model = llama(torch.float64, 3, device)
-        done = merge_adapters(model, TRIO, "ties", space=space, post="lines", density=0.5)
-        found.append({m.module: done.delta(m.module) for m in done.modules})
-    for module, delta in found[0].items():
-        near(delta, found[1][module], 1e-6, module)
-
-
 @pytest.mark.parametrize("kind", COMBINATION_TYPES)
 def test_the_drop_in_gives_what_it_gives_on_the_cpu(kind: str) -> None:
     found = []
@@ -278,22 +249,6 @@ def test_the_drop_in_gives_what_it_gives_on_the_cpu(kind: str) -> None:
         found.append(deltas(model, "m"))
     for module, delta in found[0].items():
         near(delta, found[1][module], 1e-4, module)
-
-
-@pytest.mark.parametrize("kind", ["svd", "ties_svd", "linear"])
-def test_peft_s_own_numbers(kind: str) -> None:
-    found = []
-    for device in (DEVICE, "cpu"):
-        base = tiny.tiny_model("llama").to(device)
-        same = {"target_modules": ["q_proj", "v_proj"], "r": 3}
-        model = tiny.add_adapters(base.cpu(), {"p": same, "q": {**same, "seed": 1}}).to(device)
-        density = 0.5 if "ties" in kind else None
-        add_weighted_adapter(
-            model, ["p", "q"], [0.5, 0.5], "m", kind, density=density, compat="peft"
-        )
-        found.append(deltas(model, "m"))
-    for module, delta in found[0].items():
-        near(delta, found[1][module], 1e-3, module)
 
 
 @pytest.mark.parametrize("info", LEARNED, ids=lambda m: m.name)
@@ -323,18 +278,6 @@ def test_focused_adapters() -> None:
         want = deltas(models[1], name)
         for module, delta in deltas(models[0], name).items():
             near(delta, want[module], 1e-3, (name, module))
-
-
-def test_a_dora_adapter_is_densified() -> None:
-    found = []
-    for device in (DEVICE, "cpu"):
-        base = tiny.tiny_model("llama")
-        dora = {"d": {"target_modules": ["q_proj", "up_proj"], "use_dora": True}}
-        model = tiny.add_adapters(base, dora).to(device)
-        assert densify(model, "d", adapter_name="plain") < 1e-6
-        found.append(deltas(model, "plain"))
-    for module, delta in found[0].items():
-        near(delta, found[1][module], 1e-4, module)
 
 
 # ------------------------------------------------------------------------------ selection, numbers
@@ -390,60 +333,38 @@ def test_the_leading_factors_are_near_the_optimum() -> None:
         assert part.error <= 1.02 * float(best)
 
 
-def test_digests_and_geometry_are_those_of_the_cpu() -> None:
-    here, there = llama(), llama(device="cpu")
-    assert base_digest(here) == base_digest(there)
-    pairs = zip(read_adapters(here, NAMES), read_adapters(there, NAMES), strict=True)
-    assert all(one.digest() == other.digest() for one, other in pairs)
-    got, want = (layer_geometry(Combiner(read_adapters(m, NAMES))) for m in (here, there))
-    for one, other in zip(got, want, strict=True):
-        assert one.norms == pytest.approx(other.norms, rel=1e-6)
-        assert one.pairs[0].cosine == pytest.approx(other.pairs[0].cosine, abs=1e-6)
-
-
 # ------------------------------------------------------------------------------- scores, training
 
 
 def evaluations() -> dict[str, tuple[Any, Any]]:
     """Return name -> (model on the CPU, eval function)."""
-    words, wide = bytewise.tokenizer(), bytewise.llama(torch.float64)
-    choice = [("none", rows_of.CHOICES), ("bytes", rows_of.LETTERS)]
-    found = {
-        f"multiple choice by {n}": (wide, evals.multiple_choice(r, words, normalize=n))
-        for n, r in choice
+    import test_evals_models as of
+
+    words, model = bytewise.tokenizer(), bytewise.llama(torch.float64)
+    wide = {
+        "choice": evals.multiple_choice(of.CHOICES, words),
+        "letters": evals.multiple_choice(of.LETTERS, words, normalize="bytes"),
+        "likelihood": evals.likelihood(of.PROMPTS, words),
+        "generation": evals.generation(of.PROMPTS, words, max_new_tokens=9, batch_size=2),
+        "perplexity": evals.perplexity(of.PARAGRAPHS, words, max_length=16),
+        "similarity": evals.embedding_similarity(of.PAIRS, words),
     }
-    prompts, classes = rows_of.PROMPTS, rows_of.CLASSES
-    return found | {
-        "likelihood": (wide, evals.likelihood(prompts, words)),
-        "generation": (wide, evals.generation(prompts, words, max_new_tokens=9, batch_size=2)),
-        "generation by T5": (
-            bytewise.t5(torch.float64),
-            evals.generation(prompts, words, max_new_tokens=7),
-        ),
-        "perplexity": (wide, evals.perplexity(rows_of.PARAGRAPHS, words, max_length=16)),
-        "classes": (
-            bytewise.bert(),
-            evals.sequence_classification(classes, words, rows_of.LABELS),
-        ),
-        "tags": (
-            bytewise.bert_tokens(),
-            evals.token_classification(rows_of.WORDS, words, rows_of.TAGS),
-        ),
-        "similarity": (wide, evals.embedding_similarity(rows_of.PAIRS, words)),
-    }
+    classes = evals.sequence_classification(of.CLASSES, words, of.LABELS)
+    tags = evals.token_classification(of.WORDS, words, of.TAGS)
+    found = {name: (model, fn) for name, fn in wide.items()}
+    return found | {"classes": (bytewise.bert(), classes), "tags": (bytewise.bert_tokens(), tags)}
 
 
-@pytest.mark.parametrize("name", evaluations())
-def test_eval_functions_score_as_on_the_cpu(name: str) -> None:
-    model, fn = evaluations()[name]
-    want = fn(model)
-    got = fn(copy.deepcopy(model).to(DEVICE))
-    if not isinstance(want, Mapping):
-        got, want = {"": got}, {"": want}
-    assert got.keys() == want.keys()
-    for metric, value in want.items():
-        found = np.asarray(got[metric], dtype=np.float64)
-        np.testing.assert_allclose(found, np.asarray(value, np.float64), atol=1e-4, err_msg=metric)
+def test_eval_functions_score_as_on_the_cpu() -> None:
+    pytest.importorskip("rouge_score")
+    for name, (model, fn) in evaluations().items():
+        want, got = fn(model), fn(copy.deepcopy(model).to(DEVICE))
+        if not isinstance(want, Mapping):
+            got, want = {"": got}, {"": want}
+        assert got.keys() == want.keys()
+        for metric, value in want.items():
+            left, right = (np.asarray(x, dtype=np.float64) for x in (got[metric], value))
+            np.testing.assert_allclose(left, right, atol=1e-4, err_msg=f"{name} {metric}")
 
 
 def trained(out: Path, callbacks: list[Any], **options: Any) -> dict[str, Any]:
@@ -456,95 +377,77 @@ def trained(out: Path, callbacks: list[Any], **options: Any) -> dict[str, Any]:
     return found | {f"cuda rng {i}": s.tolist() for i, s in enumerate(cuda_states())}
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"tf32": True}], ids=str)
-def test_training_is_bit_identical_with_and_without(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
-    if "tf32" in options and not ON_GPU:
-        options = {}
+@pytest.mark.parametrize("option", ["", "bf16", "tf32"])
+def test_training_is_bit_identical_with_and_without(option: str, tmp_path: Path) -> None:
+    options = {option: True} if option and (ON_GPU or option != "tf32") else {}
+    settings = Settings.take()
     try:
         without = trained(tmp_path / "a", [], **options)
         assert moved(without, trained(tmp_path / "b", [], **options)) == []
-        config = paper(**FIXED)
         back = HiMergeCallback(
-            adapters=[trainers.SIBLING], eval_fns=trainers.eval_fns(), config=config
+            adapters=[trainers.SIBLING], eval_fns=trainers.eval_fns(), config=paper(**FIXED)
         )
         assert moved(without, trained(tmp_path / "c", [back], **options)) == []
         assert back.memory["round"] >= 2
     finally:
-        if "tf32" in options:
-            torch.backends.fp32_precision = "none"
+        settings.restore()
 
 
 # -------------------------------------------------------------------------- memory, several places
 
 
-@pytest.fixture
-def large() -> Iterator[PeftModel]:
-    """A model whose adapted weights take 300 MB on a GPU."""
-    hidden, blocks = (1024, 6) if ON_GPU else (64, 2)
+def large(hidden: int = 1024, blocks: int = 6) -> PeftModel:
+    """Return a model whose adapted weights take 300 MB."""
     config = LlamaConfig(
-        vocab_size=tiny.VOCAB,
-        hidden_size=hidden,
-        intermediate_size=11 * hidden // 4,
-        num_hidden_layers=blocks,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        vocab_size=tiny.VOCAB, hidden_size=hidden, intermediate_size=11 * hidden // 4,
+        num_hidden_layers=blocks, num_attention_heads=8, num_key_value_heads=8,
         max_position_embeddings=32,
-    )
+    )  # fmt: skip
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name=NAMES[0])
         model.add_adapter(NAMES[1], lora)
-    yield model.to(DEVICE).eval()
-    gc.collect()
-    if ON_GPU:
-        torch.cuda.empty_cache()
+    return model.to(DEVICE).eval()
 
 
 def allocated() -> int:
     gc.collect()
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
 
-@needs_gpu
-def test_a_merge_gives_its_memory_back_and_lazy_needs_no_second_copy(large: PeftModel) -> None:
-    layers = [m for m in large.modules() if hasattr(m, "lora_A")]
+@pytest.mark.skipif(not ON_GPU, reason="only a GPU's memory is counted")
+def test_a_merge_gives_its_memory_back_and_lazy_needs_no_second_copy() -> None:
+    model = large()
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     adapted = sum(m.get_base_layer().weight.nbytes for m in layers)
-    peaks = {}
+    assert adapted > 2.5e8
+    peak, left = {}, {}
     for strategy in ("fold", "lazy", "fold", "lazy"):  # first calls load libraries and workspaces
         before = allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = merge(large, variant="paper", strategy=strategy, prefix_cache_gb=0.05)
-        peaks[strategy] = torch.cuda.max_memory_allocated() - before
-        large.delete_adapter("merged")
+        result = merge(model, variant="paper", strategy=strategy, prefix_cache_gb=0.05)
+        peak[strategy] = torch.cuda.max_memory_allocated() - before
+        model.delete_adapter("merged")
         del result
-        left = allocated() - before
-    assert left <= 1 << 20
-    assert adapted > 2.5e8
-    assert peaks["fold"] > 0.9 * adapted  # else the next line would tell nothing
-    assert peaks["lazy"] < 0.6 * adapted, peaks
+        left[strategy] = allocated() - before
+    assert max(left.values()) <= 1 << 20, left
+    assert peak["fold"] > 0.9 * adapted  # else the next line would tell nothing
+    assert peak["lazy"] < 0.6 * adapted, (peak, adapted)
 
 
-@needs_gpu
-def test_blocks_that_are_offloaded_to_the_cpu_are_merged_too(tmp_path: Path) -> None:
-    whole = llama(device="cpu")
-    whole.save_pretrained(str(tmp_path))
-    plain = tiny.tiny_model("llama")
-    keys = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-    blocks = {f"model.layers.{i}": 0 if i < 2 else "cpu" for i in range(4)}
-    offloaded = dispatch_model(plain, dict.fromkeys(keys, 0) | blocks, main_device=0)
-    model = get_peft_model(offloaded, whole.peft_config[NAMES[0]], adapter_name=NAMES[0])
-    model.add_adapter(NAMES[1], whole.peft_config[NAMES[1]])
-    own = dict(whole.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name and not parameter.is_meta:
-                parameter.copy_(own[name])
-    model.eval()
-    result = merge(model, variant="paper", strategy="auto")
-    want = merge(llama(), variant="paper", strategy="lazy")
+def test_blocks_that_are_offloaded_are_merged_too(tmp_path: Path) -> None:
+    here: Any = 0 if ON_GPU else "cpu"
+    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    at = dict.fromkeys(parts, here)
+    at |= {f"model.layers.{i}": here if i < 2 else "cpu" if ON_GPU else "disk" for i in range(4)}
+    model = llama(device="cpu")
+    dispatch_model(
+        model.base_model.model, at, main_device=here, offload_dir=tmp_path, force_hooks=True
+    )
+    got, want = merge(model, variant="paper"), merge(llama(), variant="paper")
     for state, row in want.scores.items():
-        assert result.scores[state] == pytest.approx(row, abs=1e-3), state
+        assert got.scores[state] == pytest.approx(row, abs=1e-4), state
+    for module in want._combiner.modules:
+        near(got.delta(module), want.delta(module), 1e-4, module)
