@@ -322,6 +322,23 @@ def test_a_threshold_is_the_kth_largest_of_a_full_sort(dtype: torch.dtype) -> No
         assert tau == float(ranked[kept_count(density, len(entries)) - 1])
 
 
+def test_deltas_are_exact_though_the_model_may_round_to_tf32() -> None:
+    there = drawn(0, 512, 768, 16)
+    here, x, settings = to_device(there), torch.randn(512, 512, device=DEVICE), Settings.take()
+    try:
+        if hasattr(torch.backends, "fp32_precision"):
+            torch.backends.fp32_precision = "tf32"
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        got = torch.cat([block for _, block in here.blocks()])
+        rounded = (x @ x).double() - x.double() @ x.double()
+    finally:
+        settings.restore()
+    near(got, torch.cat([block for _, block in there.blocks()]), 1e-6)
+    lost = float(rounded.norm() / (x @ x).norm())
+    assert not ON_GPU or lost > 1e-5  # it was on
+
+
 def test_the_leading_factors_are_near_the_optimum() -> None:
     for seed, shape in enumerate([(400, 300), (90, 700)]):
         delta = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
