@@ -25,6 +25,8 @@ Kind = Literal["linear", "conv1d", "embedding", "conv"]
 # Entries of one block: 1 MB of float32, small enough to stay in a core's cache while it is
 # thresholded, large enough for the matrix product to run at full speed.
 _BLOCK = 1 << 18
+# An accelerator is busy for longer with a block than the host is with the calls for it.
+_DEVICE_BLOCK = 1 << 22
 
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -113,8 +115,9 @@ class LoraFactors:
 
     @property
     def rows_per_block(self) -> int:
-        """Number of rows of one block; depends on the shape alone."""
-        return max(1, _BLOCK // max(1, self.shape[1]))
+        """Number of rows of one block; depends on the shape and the kind of device alone."""
+        entries = _DEVICE_BLOCK if self.b.is_cuda else _BLOCK
+        return max(1, entries // max(1, self.shape[1]))
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Return (scaling * b, a) in the working dtype; their product is the delta."""
