@@ -42,7 +42,9 @@ def bench(
     dtype: Annotated[
         str, typer.Option(help="Of the base: float32, or bfloat16 (faster where the CPU has it).")
     ] = "float32",
-    seed: Annotated[int, typer.Option(help="Of random masks and of the points tried.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of validation rows, random masks and points tried.")
+    ] = 0,
     quick: Annotated[bool, typer.Option(help="A first look: fewer rows and scores.")] = False,
 ) -> None:
     """Score Hi-Merging and every method of the registry on your adapters and tasks.

@@ -25,7 +25,7 @@ from .adapters import (
 from .combine import Combiner
 from .errors import AdapterError, suggest
 from .export import add_adapter
-from .factors import Adapter, LoraFactors, as_matrix
+from .factors import Adapter, LoraFactors, as_matrix, full_precision
 from .lowrank import LowRank, low_rank_of_dense
 from .names import check_new_name
 from .probe import preserved
@@ -103,7 +103,8 @@ def _check(where: str, name: str, layer: Any, factors: LoraFactors) -> None:
 def _delta(name: str, layer: Any, factors: LoraFactors) -> Tensor:
     """Return the dense (out, in) delta in float32 or wider; a row without direction stays at 0."""
     b, a = factors.scaled()
-    delta = b @ a
+    with full_precision(b.device):
+        delta = b @ a
     if name not in layer.lora_variant:
         return delta
     base = as_matrix(layer.get_base_layer().weight, factors.kind).to(delta)

@@ -157,8 +157,11 @@ def stored_dtype(combiner: Combiner, module: str) -> torch.dtype:
     return dtype
 
 
-def _device(made: Tensor, value: Tensor) -> torch.device:
-    """Return where PEFT put the new factor; where the value is, if the base is offloaded."""
+def _device(layer: Any, made: Tensor, value: Tensor) -> torch.device:
+    """Return where the layer computes, which is not where it is kept if accelerate offloads it."""
+    runs_on = getattr(getattr(layer.get_base_layer(), "_hf_hook", None), "execution_device", None)
+    if runs_on is not None:
+        return torch.device(runs_on)
     return value.device if made.is_meta else made.device
 
 
@@ -166,12 +169,12 @@ def _fill(layer: Any, name: str, part: LowRank, rank: int, dtype: torch.dtype) -
     b = torch.nn.functional.pad(part.b, (0, rank - part.rank)).to(dtype).contiguous()
     a = torch.nn.functional.pad(part.a, (0, 0, 0, rank - part.rank)).to(dtype).contiguous()
     if name in layer.lora_embedding_A:
-        device = _device(layer.lora_embedding_A[name], a)
+        device = _device(layer, layer.lora_embedding_A[name], a)
         layer.lora_embedding_A[name] = nn.Parameter(a.to(device), requires_grad=False)
         layer.lora_embedding_B[name] = nn.Parameter(b.to(device), requires_grad=False)
         return
     for holder, value in ((layer.lora_A[name], a), (layer.lora_B[name], b)):
-        shaped = value.reshape(holder.weight.shape).to(_device(holder.weight, value))
+        shaped = value.reshape(holder.weight.shape).to(_device(layer, holder.weight, value))
         holder.weight = nn.Parameter(shaped, requires_grad=False)
 
 

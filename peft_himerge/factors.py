@@ -11,24 +11,49 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Adapter", "Kind", "LoraFactors", "as_matrix", "working_dtype"]
+__all__ = ["Adapter", "Kind", "LoraFactors", "as_matrix", "full_precision", "working_dtype"]
 
 Kind = Literal["linear", "conv1d", "embedding", "conv"]
 
 # Entries of one block: 1 MB of float32, small enough to stay in a core's cache while it is
 # thresholded, large enough for the matrix product to run at full speed.
 _BLOCK = 1 << 18
+# An accelerator is busy for longer with a block than the host is with the calls for it.
+_DEVICE_BLOCK = 1 << 22
 
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype that deltas are computed in: float32, or float64 if any input is wider."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices as float32 inside, though the user lets the model use TF32.
+
+    TF32, which GPUs alone have, keeps three digits of each factor: a delta of true size, but none
+    whose entries can be told from each other near a threshold.
+    """
+    backends: Any = torch.backends
+    owner, newer = backends.cuda.matmul, hasattr(backends, "fp32_precision")  # torch >= 2.9
+    setting, full = ("fp32_precision", "ieee") if newer else ("allow_tf32", False)
+    before = getattr(owner, setting) if device.type == "cuda" else full
+    if before in (full, "none"):
+        yield
+        return
+    inherited = newer and backends.fp32_precision == before
+    setattr(owner, setting, full)
+    try:
+        yield
+    finally:
+        setattr(owner, setting, "none" if inherited else before)
 
 
 def as_matrix(weight: Tensor, kind: Kind) -> Tensor:
@@ -90,8 +115,9 @@ class LoraFactors:
 
     @property
     def rows_per_block(self) -> int:
-        """Number of rows of one block; depends on the shape alone."""
-        return max(1, _BLOCK // max(1, self.shape[1]))
+        """Number of rows of one block; depends on the shape and the kind of device alone."""
+        entries = _DEVICE_BLOCK if self.b.is_cuda else _BLOCK
+        return max(1, entries // max(1, self.shape[1]))
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Return (scaling * b, a) in the working dtype; their product is the delta."""
@@ -114,7 +140,9 @@ class LoraFactors:
         b, a = self.scaled()
         for start in range(first * step, b.shape[0] if stop is None else stop * step, step):
             rows = slice(start, min(start + step, b.shape[0]))
-            yield rows, b[rows] @ a
+            with full_precision(b.device):
+                block = b[rows] @ a
+            yield rows, block
 
 
 @dataclass(frozen=True, slots=True, eq=False)

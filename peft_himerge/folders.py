@@ -19,6 +19,7 @@ from .errors import AdapterError, ConfigError
 from .factors import Adapter, Kind, LoraFactors
 from .keeping import Structure
 from .patterns import FirstMatch
+from .processes import own_device
 from .vetting import check_fields, check_folder, check_placed, loading, map_file, read_config
 
 __all__ = [
@@ -50,7 +51,7 @@ def load_peft_model(
     dtype: torch.dtype = torch.float32,
     bodies: bool = False,
 ) -> tuple[PeftModel, Any]:
-    """Return (model with all adapters loaded, tokenizer or None).
+    """Return (model with all adapters loaded, tokenizer or None), on this process's own device.
 
     Args:
         base: folder of the base model.
@@ -69,7 +70,7 @@ def load_peft_model(
     auto = auto_class(kinds)
     with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn at random
         torch.manual_seed(0)
-        model = auto.from_pretrained(source, dtype=dtype)
+        model = auto.from_pretrained(source, dtype=dtype).to(own_device())
     return hold_adapters(model, adapters, bodies=bodies), load_tokenizer(source)
 
 

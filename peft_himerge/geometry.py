@@ -199,7 +199,8 @@ def singular_values(factors: LoraFactors) -> list[float] | None:
     part = low_rank_of_product(*factors.scaled(), "exact")
     # Its factors share every singular value evenly between unit vectors on both sides.
     found = part.b.double().norm(dim=0) * part.a.double().norm(dim=1)
-    return [float(value) for value in found]
+    values: list[float] = found.tolist()
+    return values
 
 
 def spectra_of(merged: Mapping[str, LoraFactors]) -> dict[str, list[float] | None]:

@@ -36,6 +36,8 @@ __all__ = [
     "base_digest",
     "environment",
     "eval_digest",
+    "matmul_precision",
+    "precision_owners",
     "tensor_digest",
 ]
 
@@ -62,8 +64,33 @@ def environment(model: PeftModel) -> dict[str, str]:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "device": "+".join(sorted(devices)),
-        "matmul precision": torch.get_float32_matmul_precision(),
+        "matmul precision": _told(matmul_precision()),
     }
+
+
+def matmul_precision() -> tuple[str | None, ...]:
+    """Return how float32 products are rounded: torch's old setting, then its newer ones.
+
+    The old one is None where the newer ones say what it cannot; torch then refuses to tell it
+    (``TrainingArguments(tf32=True)`` does that). Before torch 2.9 there are no newer ones.
+    """
+    try:
+        old: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        old = None
+    return old, *(owner.fp32_precision for owner in precision_owners())
+
+
+def precision_owners() -> list[Any]:
+    """Return what holds the newer settings; the later ones follow the first unless set."""
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        return []
+    return [backends, backends.cuda.matmul, backends.mkldnn.matmul]
+
+
+def _told(precision: tuple[str | None, ...]) -> str:
+    return precision[0] or "+".join(str(part) for part in precision[1:])
 
 
 def base_digest(model: PeftModel) -> str:

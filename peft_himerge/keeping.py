@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .identity import tensor_digest
+from .identity import matmul_precision, precision_owners, tensor_digest
 from .randomness import put_back, states
 
 __all__ = ["Settings", "Snapshot", "Structure", "preserved", "watch"]
@@ -34,7 +34,7 @@ class Settings:
 
     dtype: torch.dtype
     threads: int
-    precision: str
+    precision: tuple[str | None, ...]
     deterministic: tuple[bool, bool]
 
     @classmethod
@@ -44,7 +44,7 @@ class Settings:
         return cls(
             torch.get_default_dtype(),
             torch.get_num_threads(),
-            torch.get_float32_matmul_precision(),
+            matmul_precision(),
             (strict, torch.is_deterministic_algorithms_warn_only_enabled()),
         )
 
@@ -56,10 +56,18 @@ class Settings:
         if now.threads != self.threads:
             torch.set_num_threads(self.threads)
         if now.precision != self.precision:
-            torch.set_float32_matmul_precision(self.precision)
+            _put_back_precision(self.precision, now.precision)
         if now.deterministic != self.deterministic:
             mode, warn_only = self.deterministic
             torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+
+
+def _put_back_precision(before: tuple[str | None, ...], now: tuple[str | None, ...]) -> None:
+    if before[0] is not None and before[0] != now[0]:
+        torch.set_float32_matmul_precision(before[0])
+    for owner, value in zip(precision_owners(), before[1:], strict=True):
+        if owner.fp32_precision != value:
+            owner.fp32_precision = value
 
 
 @dataclass(frozen=True)

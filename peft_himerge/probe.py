@@ -220,7 +220,12 @@ class Probe:
             self._clear(module)
         todo = [m for m in changed if wanted[m]]
         if self.strategy == "fold":
-            made = spread(lambda m: self._folded(m, self._weight(m), wanted[m]), todo)
+            on_host = all(self._weight(m).device.type == "cpu" for m in todo)
+            made = spread(
+                lambda m: self._folded(m, self._weight(m), wanted[m]),
+                todo,
+                most=None if on_host else 1,
+            )
             for module, weight in zip(todo, made, strict=True):
                 self._fold(module, weight)
                 self._shown[module] = wanted[module]

@@ -22,7 +22,7 @@ from torch import nn
 
 from .errors import ConfigError, ProcessError
 
-__all__ = ["Mode", "Team", "is_main", "together"]
+__all__ = ["Mode", "Team", "is_main", "own_device", "together"]
 
 Mode = Literal["auto", "off"]
 
@@ -40,6 +40,18 @@ def is_main() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return not _launched() or os.environ.get("RANK", "0") == "0"
+
+
+def own_device() -> torch.device:
+    """Return the device for a model that this process loads by itself.
+
+    The first CUDA device, of several processes each its own; the CPU if there is none.
+    `CUDA_VISIBLE_DEVICES` chooses among them, and left empty asks for the CPU. Apple's MPS is left
+    alone: it has no float64, in which deltas are cut exactly.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 @contextmanager

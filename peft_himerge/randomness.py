@@ -16,7 +16,7 @@ __all__ = ["capture", "install", "put_back", "states"]
 
 def states() -> tuple[Any, ...]:
     """Return the states of Python's, NumPy's and torch's generators (CPU, all GPUs) as they are."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if _has_gpu() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
@@ -37,7 +37,7 @@ def capture() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
         "torch": _pack(torch.get_rng_state()),
-        "cuda": _pack(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "cuda": _pack(torch.cuda.get_rng_state()) if _has_gpu() else None,
     }
 
 
@@ -48,8 +48,13 @@ def install(state: Mapping[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.asarray(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_unpack(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and _has_gpu():
         torch.cuda.set_rng_state(_unpack(state["cuda"]))
+
+
+def _has_gpu() -> bool:
+    # In a process forked after its parent used a GPU nothing can be drawn there, nor even asked.
+    return torch.cuda.is_available() and not torch.cuda._is_in_bad_fork()
 
 
 def _pack(state: Tensor) -> str:

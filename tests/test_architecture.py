@@ -51,7 +51,7 @@ ROOMS: dict[str, set[str]] = {
     "conflict": {"config", "contribution", "errors", "plan"},
     "combine": {"errors", "factors", "layers", "plan", "select", "threads"},
     "vetting": {"adapters", "errors", "json_file", "names", "patterns"},
-    "folders": {"adapters", "errors", "factors", "keeping", "patterns", "vetting"},
+    "folders": {"adapters", "errors", "factors", "keeping", "patterns", "processes", "vetting"},
     "identity": {"adapters", "errors", "factors"},
     # floor 4: the live model, exports, stories
     "cost": {"config", "conflict", "contribution", "errors", "layers", "plan", "search"},
@@ -202,7 +202,7 @@ ROOMS: dict[str, set[str]] = {
     "cli_report": {"errors", "files", "page"},
     "__main__": {"cli"},
     "demo": {
-        *("folders", "outputs"),
+        *("folders", "outputs", "processes"),
         *("config", "errors", "evals", "files", "hi", "plan", "progress", "result"),
         *("scoring", "tables"),
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import runpy
 import shutil
 import subprocess
@@ -25,7 +26,15 @@ from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.bench import own, run_bench
 from peft_himerge.bench.lineup import ABLATIONS, LINEUP, choose
 from peft_himerge.bench.run import Options
-from peft_himerge.bench.table import Line, overview, read_settings, render, summarise
+from peft_himerge.bench.studies import studies
+from peft_himerge.bench.table import (
+    Line,
+    overview,
+    read_settings,
+    render,
+    repeats,
+    summarise,
+)
 from peft_himerge.bench.tasks import load_tasks
 from peft_himerge.bench.train import train_tasks
 from peft_himerge.cli import app
@@ -110,6 +119,11 @@ def done(root: Path) -> Path:
     return cells
 
 
+def _drawn(root: Path, task: str, kind: str, seed: int = 0) -> list[Any]:
+    every = load_rows(root / "data" / task, kind, split="validation")
+    return random.Random(seed).sample(every, ROWS)
+
+
 def _accuracy(model: Any, task: str, root: Path) -> float:
     rows = load_rows(root / "data" / task, "multiple_choice", split="test", limit=TEST)
     scored = multiple_choice(rows, bytewise.tokenizer(), batch_size=4)
@@ -130,7 +144,7 @@ def test_text_is_chosen_by_likelihood_and_judged_by_what_is_written(root: Path) 
     tokenizer, model = bytewise.tokenizer(), bytewise.llama()
     sizes = {"rows": ROWS, "test_rows": TEST, "max_new_tokens": 4}
     smooth = load_tasks(root / "data", ["text"], tokenizer, **sizes)["text"]
-    rows = load_rows(root / "data" / "text", "likelihood", split="validation", limit=ROWS)
+    rows = _drawn(root, "text", "likelihood")
     by_hand = likelihood(rows, tokenizer, max_references=1, with_end=True)(model)
     chosen_by = smooth.validation(model)[smooth.guide]
     torch.testing.assert_close(chosen_by, by_hand["probability"])
@@ -138,6 +152,21 @@ def test_text_is_chosen_by_likelihood_and_judged_by_what_is_written(root: Path) 
     assert (measured.guide, smooth.measure) == ("text_match", "text_match")
     assert len(measured.validation(model)["text_match"]) == ROWS
     assert smooth.test(model)["text_match"] == measured.test(model)["text_match"]
+
+
+def test_the_seed_draws_validation_rows_and_test_rows_stay(root: Path) -> None:
+    tokenizer, model = bytewise.tokenizer(), bytewise.llama()
+    sizes = {"rows": ROWS, "test_rows": TEST}
+    task, same, other, whole = (
+        load_tasks(root / "data", ["one"], tokenizer, **{**sizes, **more})["one"]
+        for more in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"seed": 1, "rows": 1000})
+    )
+    by_hand = multiple_choice(_drawn(root, "one", "multiple_choice", seed=1), tokenizer)(model)
+    torch.testing.assert_close(task.validation(model)["probability"], by_hand["probability"])
+    assert task.validation.fingerprint == same.validation.fingerprint
+    assert task.validation.fingerprint != other.validation.fingerprint
+    assert task.test.fingerprint == other.test.fingerprint
+    assert len(whole.validation(model)["accuracy"]) == 20  # all there are
 
 
 def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) -> None:
@@ -150,11 +179,7 @@ def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) ->
     assert {t: v for t, (v, _) in lines["plain_sum"].values.items()} == pytest.approx(summed)
     tokenizer = bytewise.tokenizer()
     validation = {
-        task: multiple_choice(
-            load_rows(root / "data" / task, "multiple_choice", split="validation", limit=ROWS),
-            tokenizer,
-            batch_size=8,
-        )
+        task: multiple_choice(_drawn(root, task, "multiple_choice"), tokenizer, batch_size=8)
         for task in ("one", "two")
     }
     found = merge_adapters_hi(
@@ -226,7 +251,10 @@ def test_tables_hold_ranks_shares_and_all_settings(done: Path) -> None:
     text = render(done)
     assert text.startswith("**All 2 settings**")
     first, second = (x.mean for n in settings for x in settings[n] if x.title == best.title)
-    row = f"| {best.title} | {first:.3f} | {second:.3f} | {best.kept:.0%} | {best.rank:.1f} |"
+    up = (first + second) / 2 - sum(lines[0].mean for lines in settings.values()) / 2
+    kept = "" if math.isnan(best.kept) else f"{best.kept:.0%}"
+    places = f"{up:+.3f} | {kept} | {best.rank:.1f}"
+    row = f"| {best.title} | {first:.3f} | {second:.3f} | {places} |"
     assert row in text
     own = [line.values[line.name][0] for line in settings["one+two"] if line.name in ("one", "two")]
     assert f"| each adapter alone, on its own task | {sum(own) / 2:.3f} |" in text
@@ -252,9 +280,9 @@ def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
     assert overview(tmp_path) == ""
     cell("merges/b+a/average.json", a=0.4, b=0.4)
     table = overview(tmp_path).splitlines()
-    assert "| trained on the mixed data | 0.600 |  |  |  |" in table
-    assert "| TIES | 0.500 |  |  |  |" in table
-    assert "| average |  | 0.400 |  |  |" in table
+    assert "| trained on the mixed data | 0.600 |  |  |  |  |" in table
+    assert "| TIES | 0.500 |  |  |  |  |" in table
+    assert "| average |  | 0.400 |  |  |  |" in table
 
 
 def test_average_ranks_are_among_those_of_every_setting() -> None:
@@ -420,12 +448,10 @@ def test_quick_is_a_small_run_of_everybody(root: Path, tmp_path: Path) -> None:
 def test_script_says_how_stable_the_analysis_is(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Path(__file__).parents[1] / "examples" / "bench" / "stability.py"
     folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
     out = tmp_path / "found.json"
     sizes = ["--rows=16", "--draws=2", f"--out={out}"]
-    monkeypatch.setattr(sys, "argv", [str(script), "one", "two", *folders, *sizes])
-    runpy.run_path(str(script), run_name="__main__")
+    _run_script("stability.py", ["one", "two", *folders, *sizes], monkeypatch)
     told = json.loads(out.read_text())
     assert (told["setting"], told["rows"], set(told["stability"])) == (
         "one+two",
@@ -437,6 +463,46 @@ def test_script_says_how_stable_the_analysis_is(
             (metric, 8) for metric in ("accuracy", "probability", "log_likelihood")
         ]
         assert all(0 <= r["kinds"] <= 1 and -1 <= r["order"] <= 1 for r in rows)
+
+
+def _run_script(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[1] / "examples" / "bench" / name
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_script_draws_the_surface_of_single_adapters(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    out = tmp_path / "found.json"
+    _run_script("surface.py", ["one", *folders, "--rows=1000", f"--out={out}"], monkeypatch)
+    (points,) = json.loads(out.read_text())["surfaces"].values()
+    assert len({(p["density"], p["scale"]) for p in points}) == len(points) == 70
+    # The point that changes nothing is the adapter itself, as plain PEFT has it.
+    (whole,) = (p for p in points if (p["density"], p["scale"]) == (1.0, 1.0))
+    base = AutoModelForCausalLM.from_pretrained(root / "base")
+    model = PeftModel.from_pretrained(base, str(root / "adapters" / "one")).eval()
+    rows = load_rows(root / "data" / "one", "multiple_choice", split="validation")
+    alone = multiple_choice(rows, bytewise.tokenizer())(model)["accuracy"].mean()
+    assert whole["score"] == pytest.approx(float(alone))
+
+
+def test_script_exports_a_cells_plan_at_every_rank(
+    root: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    out = tmp_path / "found.json"
+    more = [f"--cells={done}", "--contender=hi_careful", f"--test-rows={TEST}", f"--out={out}"]
+    _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
+    rows = json.loads(out.read_text())["settings"]["one+two"]
+    cell = json.loads((done / "merges" / "one+two" / "hi_careful.json").read_text())
+    assert [row["asked"] for row in rows] == [4, 8, 16, 32, 64, "exact"]
+    errors = [row["export_error"] for row in rows]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == pytest.approx(0.0, abs=1e-5)
+    exact = {task: row["value"] for task, row in rows[-1]["test"].items()}
+    assert exact == pytest.approx({task: row["value"] for task, row in cell["test"].items()})
 
 
 def _train(root: Path, out: Path, *more: str) -> dict[str, Any]:
@@ -521,3 +587,70 @@ def test_a_base_in_bfloat16_scores_what_transformers_scores_in_it(
     lines = {line.name: line for line in read_settings(cells)["one+two"]}
     for task in ("one", "two"):
         assert lines["base"].values[task][0] == pytest.approx(_accuracy(base, task, root))
+
+
+def test_repeats_are_the_mean_of_the_runs_and_their_spread(root: Path, tmp_path: Path) -> None:
+    names = ("plain_sum", "average", "ties")
+    runs = [
+        bench(
+            root,
+            tmp_path / str(seed),
+            [["one", "two"], ["two", "text"]][: 2 - seed],
+            contenders=names[: 3 - seed],
+            options=replace(SIZES, seed=seed),
+        )[0]
+        for seed in (0, 1)
+    ]
+    lines = [{x.title: x.mean for x in read_settings(run)["one+two"]} for run in runs]
+    header, _, *rows = repeats(runs).splitlines()
+    assert header == "| mean of 2 runs | one+two | all |"  # what both have
+    assert {row.split(" | ")[0][2:] for row in rows} == {"plain sum", "average"}
+    for row in rows:
+        title, told, whole = row.strip("| ").split(" | ")
+        both = [found[title] for found in lines]
+        mean = sum(both) / 2
+        spread = abs(both[0] - both[1]) / math.sqrt(2)  # of two, with n - 1
+        assert told == f"{mean:.3f} ± {spread:.3f}"
+        assert whole == f"{mean:.3f}"
+    for wrong in (runs[:1], []):
+        with pytest.raises(ConfigError, match="two or more runs of the same settings"):
+            repeats(wrong)
+
+
+def test_studies_say_what_the_scripts_found(
+    root: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert studies(tmp_path) == ""
+    folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
+    sizes = [*folders, "--rows=16"]
+    out = {name: f"--out={tmp_path / name}.json" for name in ("stability", "surface", "ranks")}
+    _run_script("stability.py", ["one", "two", *sizes, "--draws=2", out["stability"]], monkeypatch)
+    _run_script("surface.py", ["one", *sizes, out["surface"]], monkeypatch)
+    more = [f"--cells={done}", "--contender=hi_careful", out["ranks"]]
+    _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
+    text = studies(tmp_path)
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in out}
+    first = found["stability"]["stability"]["0.0"][0]
+    assert f"| {first['metric']} | 8 | {first['kinds']:.0%} | {first['chance']:.0%} |" in text
+    points = found["surface"]["surfaces"]["one"]
+    whole = [p for p in points if p["density"] == 0.5]
+    scores = " | ".join(f"{p['score']:.3f}" for p in whole)
+    assert f"| 0.5 | {scores} |" in text
+    exact = found["ranks"]["settings"]["one+two"][-1]
+    assert f"| exact | {exact['rank']} | {exact['export_error']:.3f} |" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## How many examples the analysis needs",
+        "## Density and scale of a single adapter",
+        "## Rank of the exported adapter",
+    ]
+
+
+def test_states_are_kept_when_other_rows_are_drawn(root: Path, tmp_path: Path) -> None:
+    setting = [["one", "two"]]
+    for seed in (0, 1):
+        more = {"contenders": ("ties",), "options": replace(SIZES, rows=3, seed=seed)}
+        _, said = bench(root, tmp_path, setting, **more)
+    kept = [line for line in said if line.startswith("kept")]
+    assert len(kept) == 6
+    assert all(line.startswith("kept states/") for line in kept)
+    assert said[-1].startswith("merges/one+two/ties.json: ")

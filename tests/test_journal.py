@@ -623,6 +623,10 @@ def test_random_states_of_gpus_are_kept_and_put_back(monkeypatch: pytest.MonkeyP
     randomness.install(told)
     assert gpus[0].tolist() == before[0]  # the one in use; the others draw nothing
     assert float(torch.rand(())) == drawn
+    with monkeypatch.context() as forked:  # after the parent used a GPU
+        forked.setattr(cuda, "_is_in_bad_fork", lambda: True)
+        assert randomness.states()[3] == []
+        assert randomness.capture()["cuda"] is None
     monkeypatch.setattr(cuda, "is_available", lambda: False)
     gpus[0] = gpus[0] + 1
     randomness.install(told)  # a journal of a machine with a GPU

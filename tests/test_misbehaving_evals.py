@@ -89,6 +89,11 @@ def other_precision(model: PeftModel) -> None:
     torch.set_float32_matmul_precision("medium")
 
 
+def newer_precision(model: PeftModel) -> None:
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "tf32"  # torch then refuses to tell the older setting
+
+
 def deterministic(model: PeftModel) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -131,8 +136,8 @@ def settings() -> list[Any]:
 
 
 QUIET = [
-    *(other_dtype, other_threads, other_precision, deterministic, leaves_grad_on, goes_backward),
-    *(saves, statistics, new_buffer),
+    *(other_dtype, other_threads, other_precision, newer_precision, deterministic, leaves_grad_on),
+    *(goes_backward, saves, statistics, new_buffer),
 ]
 
 
@@ -150,11 +155,29 @@ def test_what_ends_with_the_call_changes_no_score_and_nothing_afterwards(mess: M
     assert settings() == process
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs torch >= 2.9")
+def test_a_users_own_newer_precision_is_kept() -> None:
+    owners = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    try:
+        torch.backends.fp32_precision = "tf32"  # as TrainingArguments(tf32=True) does
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        fns = tiny.eval_fns("llama", NAMES)
+        score(small(), {**fns, "en": after(other_precision, fns["en"])})
+        assert [owner.fp32_precision for owner in owners] == ["tf32"] * 3
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        for owner in owners[1:]:
+            owner.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_what_a_raising_function_did_ends_too() -> None:
     fns = tiny.eval_fns("llama", NAMES)
 
     def breaks(model: PeftModel) -> float:
-        for mess in (*QUIET[:6], left_hook, deletes, unloads):
+        for mess in (*QUIET[:7], left_hook, deletes, unloads):
             mess(model)
         raise ValueError("boom")
 

@@ -25,7 +25,7 @@ from peft_himerge import merge_adapters_hi
 from peft_himerge.engine import _pieces
 from peft_himerge.errors import ConfigError
 from peft_himerge.identity import base_digest
-from peft_himerge.processes import Team, together
+from peft_himerge.processes import Team, own_device, together
 
 # One process that forks the others, so that the imports are paid for once. A scenario is a number
 # of processes and what goes wrong; every process writes what it saw to a file of its own.
@@ -379,3 +379,14 @@ def test_an_offloaded_model_is_merged_like_the_whole_one(where: str, tmp_path: P
     torch.testing.assert_close(
         fresh, [p for n, p in want.model.named_parameters() if ".merged." in n]
     )
+
+
+def test_a_model_goes_to_this_processs_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # more processes than GPUs share them
+    assert own_device() == torch.device("cuda", 1)

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, required=True, help="folder of adapter folders")
     parser.add_argument("--data", type=Path, required=True, help="folder of task folders")
     parser.add_argument("--rows", type=int, default=256, help="validation rows per task")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences per forward pass")
     parser.add_argument("--draws", type=int, default=20, help="draws per size")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
@@ -38,7 +39,8 @@ def main() -> None:
     start = time.perf_counter()
     folders = {name: args.adapters / name for name in args.tasks}
     model, tokenizer = load_peft_model(args.base, folders, dtype=getattr(torch, args.dtype))
-    tasks = load_tasks(args.data, args.tasks, tokenizer, rows=args.rows, test_rows=1)
+    sizes = {"rows": args.rows, "test_rows": 1, "batch_size": args.batch_size}
+    tasks = load_tasks(args.data, args.tasks, tokenizer, **sizes)
     scored = score_rows(model, {n: t.validation for n, t in tasks.items()}, METRICS)
     sizes = [n for n in (8, 16, 32, 64, 128, 256, 512) if n <= args.rows // 2]
     found = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from peft_himerge.bench.studies import studies
 from peft_himerge.bench.table import details, overview
 
 CELLS = Path(__file__).with_name("cells")
@@ -26,17 +27,24 @@ def text(cells: Path = CELLS) -> str:
         raise ValueError(f"the cells were computed with different options: {sorted(options)}")
     sizes = json.loads(options.pop())
     hours = sum(cell["seconds"] for cell in found) / 3600
+    on = ", ".join(sorted({cell["device"] for cell in found}))
     told = (
         f"{sizes['rows']} validation rows per task to choose by ({sizes['guide']} guide), at most "
         f"{sizes['budget']} scores for a method of the registry, {sizes['test_rows']} test rows, "
-        f"base in {sizes['dtype']}, seed {sizes['seed']}; {hours:.1f} hours on shared CPU cores."
+        f"base in {sizes['dtype']}, seed {sizes['seed']}; {hours:.1f} hours on {on}."
     )
     return f"{told}\n\n{(overview(cells) or details(cells)).strip()}"
 
 
 def tables(cells: Path = CELLS) -> str:
     """Return the tables of all settings as markdown."""
-    return f"# The comparison, setting by setting\n\n{text(cells)}\n\n{details(cells)}"
+    parts = (
+        "# The comparison, setting by setting",
+        text(cells),
+        details(cells).strip(),
+        studies(cells.parent),
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 if __name__ == "__main__":

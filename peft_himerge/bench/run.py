@@ -54,7 +54,7 @@ class Options:
         batch_size: sequences per forward pass.
         max_new_tokens: most tokens to generate per prompt.
         dtype: of the base model, "float32" or "bfloat16"; adapters and merging keep float32.
-        seed: of random masks and of the points that are tried.
+        seed: of the draw of validation rows, of random masks and of the points that are tried.
     """
 
     rows: int = 48
@@ -123,6 +123,7 @@ def run_bench(
         guide=chosen.guide,
         batch_size=chosen.batch_size,
         max_new_tokens=chosen.max_new_tokens,
+        seed=chosen.seed,
     )
     return run_loaded(
         model, tasks, out, settings=settings, contenders=contenders, options=chosen, say=say
@@ -205,7 +206,7 @@ class _Bench:
             for task in names:
                 self._cell(
                     Path("states") / state / f"{task}.json",
-                    [state, task, self._digests(read), self._told([task])],
+                    [state, task, self._digests(read), self._told([task], "test")],
                     partial(self._state, plan, read, task),
                 )
 
@@ -230,7 +231,7 @@ class _Bench:
         own = [self.options.budget, self.options.guide, self.options.seed]
         self._cell(
             Path("merges") / "+".join(names) / f"{contender.name}.json",
-            [facts, own, self._digests(names), self._told(names)],
+            [facts, own, self._digests(names), self._told(names, "validation", "test")],
             partial(self._hi if contender.hi else self._method, names, contender),
         )
 
@@ -356,9 +357,9 @@ class _Bench:
     def _digests(self, names: Sequence[str]) -> list[str]:
         return [self._base, *(adapter_digest(self.model, name) for name in sorted(names))]
 
-    def _told(self, names: Sequence[str]) -> list[list[str]]:
+    def _told(self, names: Sequence[str], *splits: str) -> list[list[str]]:
         return [
-            [name, *(getattr(self.tasks[name], s).fingerprint for s in ("validation", "test"))]
+            [name, *(getattr(self.tasks[name], split).fingerprint for split in splits)]
             for name in sorted(names)
         ]
 
@@ -372,11 +373,17 @@ class _Bench:
         start = time.perf_counter()
         cell = compute()
         seconds = time.perf_counter() - start
-        more = {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
-        told = {"key": key, **cell, **more, "options": asdict(self.options), "versions": versions()}
+        ran = {"seconds": round(seconds, 1), **_machine(self.model.device)}
+        told = {"key": key, **cell, **ran, "options": asdict(self.options), "versions": versions()}
         write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         means = ", ".join(f"{t} {row['value']:.3f}" for t, row in cell["test"].items())
         self._say(f"{place}: {means} ({seconds:.0f} s)")
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": "CPU", "threads": torch.get_num_threads()}
 
 
 def _key_of(cell: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 from ..errors import ConfigError
 from .lineup import ABLATIONS, LINEUP, Contender
 
-__all__ = ["Line", "Summary", "details", "overview", "read_settings", "render", "summarise"]
+__all__ = [
+    *("Line", "Summary", "details", "markdown", "overview", "read_settings", "render", "repeats"),
+    "summarise",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +179,18 @@ def render(cells: str | Path) -> str:
 def overview(cells: str | Path) -> str:
     """Return one table of several settings as markdown; "" for a single setting.
 
-    Every cell is the mean over the setting's tasks. "gain kept" and "average rank" are over all
-    settings, for contenders that took part in all of them, ranked among those.
+    Every cell is the mean over the setting's tasks. "improvement" (over the base model), "gain
+    kept" and "average rank" are over all settings, for contenders that took part in all of them,
+    ranked among those.
     """
     settings = read_settings(cells)
     if len(settings) < 2:
         return ""
-    places = {s.title: [f"{s.kept:.0%}", f"{s.rank:.1f}"] for s in summarise(settings)}
+    start = _average(lines[0].mean for lines in settings.values())  # the base model's
+    places = {
+        s.title: [f"{s.mean - start:+.3f}", _share(s.kept), f"{s.rank:.1f}"]
+        for s in summarise(settings)
+    }
     means: dict[str, dict[str, float]] = {"base model": {}, _ALONE: {}, _MIXED: {}}
     for setting, lines in settings.items():
         tasks = list(lines[0].values)
@@ -194,9 +203,9 @@ def overview(cells: str | Path) -> str:
     for title in [*list(means)[:3], *places, *(t for t in list(means)[3:] if t not in places)]:
         found = [f"{means[title][s]:.3f}" if s in means[title] else "" for s in settings]
         if any(found):
-            rows.append([title, *found, *places.get(title, ["", ""])])
-    header = ["mean over the tasks", *settings, "gain kept", "average rank"]
-    return f"**All {len(settings)} settings**\n\n{_markdown(header, rows)}\n"
+            rows.append([title, *found, *places.get(title, [""] * 3)])
+    header = ["mean over the tasks", *settings, "improvement", "gain kept", "average rank"]
+    return f"**All {len(settings)} settings**\n\n{markdown(header, rows)}\n"
 
 
 def details(cells: str | Path) -> str:
@@ -206,11 +215,11 @@ def details(cells: str | Path) -> str:
         tasks = list(lines[0].values)
         header = ["state", *tasks, "mean", "gain kept", "rank", "scores"]
         rows = [_cells(line) for line in lines if not line.ablation]
-        parts.append(f"**{name}**\n\n" + _markdown(header, rows))
+        parts.append(f"**{name}**\n\n" + markdown(header, rows))
         if any(line.ablation for line in lines):
             header = ["Hi-Merging", *tasks, "mean", "gain kept", "rank", "scores"]
             rows = [_cells(line) for line in lines if line.ablation or line.name in _WHOLE]
-            parts.append(f"**{name}: one option changed**\n\n" + _markdown(header, rows))
+            parts.append(f"**{name}: one option changed**\n\n" + markdown(header, rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -218,14 +227,53 @@ _WHOLE = ("hi_paper", "hi_joint")  # what the ablations change
 _ALONE, _MIXED = "each adapter alone, on its own task", "trained on the mixed data"
 
 
+def repeats(folders: Sequence[str | Path]) -> str:
+    """Return one table of several runs of the same settings as markdown.
+
+    Args:
+        folders: the cells of each run, e.g. one per seed.
+
+    Returns:
+        Per contender and setting that all runs have, the mean over the runs of its mean over the
+        tasks, with the standard deviation of a run; the best average first.
+
+    Raises:
+        ConfigError: there are fewer than two runs, or they have no setting in common.
+    """
+    runs = [read_settings(folder) for folder in folders]
+    settings = [name for name in runs[0] if all(name in run for run in runs)] if runs else []
+    if len(runs) < 2 or not settings:
+        raise ConfigError("repeats compares two or more runs of the same settings.")
+    found = [
+        {s: {x.title: x.mean for x in run[s] if x.rank is not None} for s in settings}
+        for run in runs
+    ]
+    common = set.intersection(*(set(means) for run in found for means in run.values()))
+    values = {t: {s: [run[s][t] for run in found] for s in settings} for t in common}
+    whole = {title: _average(map(_average, of.values())) for title, of in values.items()}
+    rows = [
+        [
+            title,
+            *(f"{_average(x):.3f} ± {statistics.stdev(x):.3f}" for x in values[title].values()),
+            f"{whole[title]:.3f}",
+        ]
+        for title in sorted(common, key=lambda title: (-whole[title], title))
+    ]
+    return markdown([f"mean of {len(runs)} runs", *settings, "all"], rows)
+
+
 def _cells(line: Line) -> list[str]:
     values = [f"{v:.3f}" + ("" if se is None else f" ± {se:.3f}") for v, se in line.values.values()]
-    kept = "" if math.isnan(line.kept) else f"{line.kept:.0%}"
     rank = "" if line.rank is None else f"{line.rank:g}"
     scores = "" if line.scores is None else str(line.scores)
-    return [line.title, *values, f"{line.mean:.3f}", kept, rank, scores]
+    return [line.title, *values, f"{line.mean:.3f}", _share(line.kept), rank, scores]
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _share(kept: float) -> str:
+    return "" if math.isnan(kept) else f"{kept:.0%}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

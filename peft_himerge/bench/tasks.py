@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ def load_tasks(
     guide: str = "smooth",
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    seed: int = 0,
 ) -> dict[str, BenchTask]:
     """Read tasks from `data/<name>/validation.jsonl` and `data/<name>/test.jsonl`.
 
@@ -64,12 +66,14 @@ def load_tasks(
         data: folder of task folders.
         names: the tasks.
         tokenizer: the base model's.
-        rows: validation rows per task that methods choose by.
-        test_rows: test rows per task.
+        rows: validation rows per task that methods choose by, drawn at random; all if there are
+            not as many.
+        test_rows: test rows per task, the first ones.
         guide: "smooth" chooses by the probability of the right answer, where text is generated
             of the first reference (per token, its end included); "measure" by what the table shows.
         batch_size: sequences per forward pass.
         max_new_tokens: most tokens to generate per prompt.
+        seed: of the draw.
 
     Raises:
         ConfigError: a folder or file is missing, or its rows are of no known kind.
@@ -78,22 +82,21 @@ def load_tasks(
     tasks = {}
     for name in names:
         kind = _kind(data / name)
-        read = {
-            split: load_rows(data / name, kind, split=split, limit=limit)
-            for split, limit in (("validation", rows), ("test", test_rows))
-        }
-        test = _function(kind, read["test"], tokenizer, batch_size, max_new_tokens)
+        every = load_rows(data / name, kind, split="validation")
+        drawn = random.Random(seed).sample(every, min(rows, len(every)))
+        judged = load_rows(data / name, kind, split="test", limit=test_rows)
+        test = _function(kind, judged, tokenizer, batch_size, max_new_tokens)
         if kind == "generation" and guide == "smooth":
             validation: Callable[[Any], Mapping[str, Any]] = likelihood(
-                read["validation"],
+                drawn,
                 tokenizer,
                 batch_size=min(batch_size, 8),  # a large vocabulary fills memory
                 max_references=1,
                 with_end=True,
             )
         else:
-            validation = _function(kind, read["validation"], tokenizer, batch_size, max_new_tokens)
-        prompts = _prompts([row.prompt for row in read["validation"]], tokenizer, batch_size)
+            validation = _function(kind, drawn, tokenizer, batch_size, max_new_tokens)
+        prompts = _prompts([row.prompt for row in drawn], tokenizer, batch_size)
         measure, guided = _MEASURES[kind], guides[kind]
         tasks[name] = BenchTask(name, kind, validation, test, measure, guided, prompts)
     return tasks

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_himerge.errors import HiMergeError, MissingExtraError
 from peft_himerge.outputs import owning, publishing
+from peft_himerge.processes import own_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,8 @@ def cache_dir() -> Path:
 
 def load_base(path: Path | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the demo's base model and tokenizer in float32 and eval mode, without network access.
+
+    The model is on a GPU if there is one (`processes.own_device`).
 
     Args:
         path: Folder of any local causal LM in transformers format. None takes Gemma-3-270M from
@@ -79,7 +82,7 @@ def _load_plain(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     model = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa"
     )
-    return model.eval(), tokenizer
+    return model.eval().to(own_device()), tokenizer
 
 
 def _converted_base() -> Path:

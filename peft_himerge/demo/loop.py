@@ -154,10 +154,12 @@ def _fit(
 
 def _loss(peft_model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the answer tokens; only their positions go through the head."""
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
-    asked = (batch["labels"] != -100).any(dim=0).nonzero().squeeze(1)
-    logits = peft_model(**inputs, use_cache=False, logits_to_keep=asked).logits
-    labels = batch["labels"][:, asked]
+    device = peft_model.get_input_embeddings().weight.device
+    placed = {name: values.to(device) for name, values in batch.items()}
+    labels = placed.pop("labels")
+    asked = (labels != -100).any(dim=0).nonzero().squeeze(1)
+    logits = peft_model(**placed, use_cache=False, logits_to_keep=asked).logits
+    labels = labels[:, asked]
     return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 

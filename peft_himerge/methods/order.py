@@ -56,23 +56,41 @@ def _count(
     *,
     first: bool,
 ) -> list[Tensor]:
-    tables = [torch.zeros(max(1, len(p)) * _RADIX, dtype=torch.int64) for p in prefixes]
+    tables: list[dict[torch.device, Tensor]] = [{} for _ in prefixes]
     for block in passes():
         for table, known, values in zip(tables, prefixes, block, strict=True):
             if values is None or not known:
                 continue
             keys = _keys(values.to(dtype).flatten())
             if first:
-                digits = (keys >> shift) + (_RADIX >> 1)
+                found = _tally([(keys >> shift) + (_RADIX >> 1)], [None])
             else:
                 high = (keys >> (shift + _DIGIT)) + _offset(dtype, shift + _DIGIT)
-                parts = [
-                    ((keys[high == p] >> shift) & (_RADIX - 1)) + i * _RADIX
-                    for i, p in enumerate(known)
-                ]
-                digits = torch.cat(parts)
-            table += torch.bincount(digits, minlength=len(table)).cpu()
-    return [table.view(-1, _RADIX) for table in tables]
+                low = (keys >> shift) & (_RADIX - 1)
+                found = _tally([low] * len(known), [high == p for p in known])
+            # Summed where the values are: a table that goes to the host waits for the device.
+            old = table.get(keys.device)
+            table[keys.device] = found if old is None else old + found
+    empty = torch.zeros(_RADIX, dtype=torch.int64)
+    parts = [[part.cpu() for part in table.values()] or [empty] for table in tables]
+    return [torch.stack(found).sum(0).view(-1, _RADIX) for found in parts]
+
+
+def _tally(digits: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """Return how often each digit is where its mask is set (None: anywhere), (masks * RADIX,)."""
+    size = len(digits) * _RADIX
+    if digits[0].device.type == "cpu":
+        some = [
+            (d if mask is None else d[mask]) + i * _RADIX
+            for i, (d, mask) in enumerate(zip(digits, masks, strict=True))
+        ]
+        return torch.bincount(torch.cat(some), minlength=size)
+    # bincount and indexing by a mask make the host wait, block after block.
+    table = torch.zeros(size, dtype=torch.int64, device=digits[0].device)
+    for i, (d, mask) in enumerate(zip(digits, masks, strict=True)):
+        hits = torch.ones_like(d, dtype=torch.int64) if mask is None else mask.long()
+        table.scatter_add_(0, d.long() + i * _RADIX, hits)
+    return table
 
 
 def _offset(dtype: torch.dtype, shift: int) -> int:

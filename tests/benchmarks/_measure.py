@@ -33,13 +33,20 @@ class Took:
 
 @contextmanager
 def stopwatch() -> Iterator[Took]:
-    """Time the block; the numbers are there when it ends."""
+    """Time the block, what it left for a GPU to do included; the numbers are there at its end."""
     took = Took()
+    _wait()
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         yield took
     finally:
+        _wait()
         took.wall, took.cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -48,11 +55,12 @@ def options(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, help="torch threads; fewer on a busy machine")
+    parser.add_argument("--device", default="cpu", help="where the model is; use --no-write too")
     parser.add_argument("--no-write", action="store_true", help="leave results.json as it is")
     return parser
 
 
-def random_model(blocks: int, names: Sequence[str], rank: int) -> PeftModel:
+def random_model(blocks: int, names: Sequence[str], rank: int, device: str = "cpu") -> PeftModel:
     """Return a model with Gemma-3-270M's linear layers and random adapters on all of them.
 
     The vocabulary is small: no adapter is on the embedding, so it plays no part.
@@ -73,17 +81,17 @@ def random_model(blocks: int, names: Sequence[str], rank: int) -> PeftModel:
     model = get_peft_model(Gemma3ForCausalLM(config), lora, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, lora)
-    return model.eval()
+    return model.to(device).eval()
 
 
-def demo_model() -> tuple[PeftModel, Any]:
+def demo_model(device: str = "cpu") -> tuple[PeftModel, Any]:
     """Return Gemma-3-270M with the adapters that ship with the demo, and its tokenizer."""
     base, tokenizer = load_base()
     (first, folder), *others = sorted(adapter_dirs().items())
     model = PeftModel.from_pretrained(base, str(folder), adapter_name=first)
     for name, folder in others:
         model.load_adapter(str(folder), adapter_name=name)
-    return model.eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def plan_of(model: PeftModel, density: float, scale: float) -> tuple[Combiner, MergePlan]:

@@ -53,7 +53,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    model, tokenizer = demo_model()
+    model, tokenizer = demo_model(chosen.device)
     combiner, plan = plan_of(model, chosen.density, 0.9)
     labels = [layer.label for layer in combiner.layers]
     tasks = {

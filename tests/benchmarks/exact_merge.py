@@ -85,10 +85,12 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    whole = random_model(LAYERS, ["a", "b"], RANK)
+    whole = random_model(LAYERS, ["a", "b"], RANK, chosen.device)
     ours(whole, 1)  # first calls load libraries
     wall_whole, cpu_whole = ours(whole, chosen.repeats)
-    model = whole if chosen.blocks == LAYERS else random_model(chosen.blocks, ["a", "b"], RANK)
+    model = whole
+    if chosen.blocks != LAYERS:
+        model = random_model(chosen.blocks, ["a", "b"], RANK, chosen.device)
     wall, cpu = ours(model, chosen.repeats)
     with stopwatch() as peft:
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "peft", "svd", svd_rank=2 * RANK)

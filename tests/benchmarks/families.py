@@ -50,7 +50,7 @@ class OneModule(nn.Module):
         return self.proj(x)
 
 
-def model_of(width: int) -> PeftModel:
+def model_of(width: int, device: str) -> PeftModel:
     """Return the model with random adapters of unlike sizes."""
     torch.manual_seed(width)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["proj"])
@@ -61,7 +61,7 @@ def model_of(width: int) -> PeftModel:
         layer = lora_layers(model)["proj"]
         for holder in (layer.lora_A[name], layer.lora_B[name]):
             holder.weight.data = torch.randn(holder.weight.shape) * size / width**0.5
-    return model.eval()
+    return model.to(device).eval()
 
 
 def delta_of(model: PeftModel, name: str) -> Tensor:
@@ -192,13 +192,13 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    against_peft(model_of(64), "svd", 1)  # first calls load libraries
+    against_peft(model_of(64, chosen.device), "svd", 1)  # first calls load libraries
     largest = max(chosen.widths)
     for family, (kinds, measure) in FAMILIES.items():
         values: dict[str, Any] = {}
         for width in chosen.widths:
             some = kinds[:1] if width == largest >= 4096 and family == "sparse" else kinds
-            model = model_of(width)
+            model = model_of(width, chosen.device)
             rows = {kind: measure(model, kind, chosen.repeats) for kind in some}
             values[f"width_{width}"] = {
                 kind: {key: float(f"{value:.4g}") for key, value in row.items()}

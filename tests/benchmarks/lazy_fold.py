@@ -25,7 +25,7 @@ WAYS: tuple[Strategy, ...] = ("fold", "lazy")
 def measure(model: Any, density: float, repeats: int) -> dict[str, Any]:
     """Return the ratio of paired forwards at one density, and the seconds."""
     combiner, plan = plan_of(model, density, 0.9)
-    ids = torch.arange(3, 3 + TOKENS)[None]
+    ids = torch.arange(3, 3 + TOKENS, device=model.device)[None]
     wall: dict[str, list[float]] = {way: [] for way in WAYS}
     cpu: dict[str, list[float]] = {way: [] for way in WAYS}
     show: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -64,7 +64,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    model, _ = demo_model()
+    model, _ = demo_model(chosen.device)
     for title, density in (("lazy_fold_unpruned", 1.0), ("lazy_fold_density0.5", 0.5)):
         values = measure(model, density, chosen.repeats)
         reached = values["ratio"] <= MOST

@@ -95,8 +95,9 @@ def main() -> None:
         with stopwatch() as loaded:
             merged: Any = AutoModelForCausalLM.from_pretrained(
                 root / "out", dtype=torch.float32, local_files_only=True
-            ).eval()
-        model, tokenizer = demo_model()
+            ).to(chosen.device)
+            merged.eval()
+        model, tokenizer = demo_model(chosen.device)
         for number in chosen.examples:
             tasks[number] = {
                 name: Task(
