@@ -69,7 +69,7 @@ def load_peft_model(
     kinds = {name: _task_type(name, Path(folder)) for name, folder in adapters.items()}
     auto = auto_class(kinds)
     with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn at random
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # the CPU's; torch.manual_seed sets all GPUs' too
         model = auto.from_pretrained(source, dtype=dtype).to(own_device())
     return hold_adapters(model, adapters, bodies=bodies), load_tokenizer(source)
 

@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import ConfigError, suggest
+from .identity import tensor_digest
 from .methods.stack import Delta, Factored, Result
 from .probe import Probe
 from .scoring import EvalFn, Score, Task, check_eval_fns
@@ -112,10 +112,8 @@ def _digested(candidate: Result, state: Any) -> Result:
     """Pass the candidate's deltas on, and add each to the digest."""
     for module, delta in candidate:
         for part in _parts(delta):
-            head = f"{module}|{type(delta).__name__}|{tuple(part.shape)}|{part.dtype}|"
-            state.update(head.encode())
-            raw = part.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-            state.update(raw.data)
+            told = f"{module}|{type(delta).__name__}|{tensor_digest(part)}\n"
+            state.update(told.encode())
         yield module, delta
 
 

@@ -116,7 +116,7 @@ ROOMS: dict[str, set[str]] = {
         *("adapters", "combine", "errors", "export", "factors", "lowrank", "names", "probe"),
         "request",
     },
-    "trials": {"errors", "methods", "probe", "scoring"},
+    "trials": {"errors", "identity", "methods", "probe", "scoring"},
     "spool": {"checkpoint", "methods"},
     "merged": {
         *("card", "checkpoint", "combine", "errors", "export", "factors", "files", "methods"),

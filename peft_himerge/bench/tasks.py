@@ -90,7 +90,7 @@ def load_tasks(
             validation: Callable[[Any], Mapping[str, Any]] = likelihood(
                 drawn,
                 tokenizer,
-                batch_size=min(batch_size, 8),  # a large vocabulary fills memory
+                batch_size=max(1, batch_size // 4),  # a large vocabulary fills memory
                 max_references=1,
                 with_end=True,
             )

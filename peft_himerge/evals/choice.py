@@ -128,11 +128,22 @@ def _score_single(model: nn.Module, rows: Sequence[_Tokens], batch_size: int, pa
     divided = any(length != 1 for row in rows for length in row.lengths)
     for batch in batches([len(row.prompt) for row in rows], batch_size):
         last = last_logits(model, [rows[i].prompt for i in batch], 1, pad)[:, -1]
-        for logits, i in zip(last, batch, strict=True):
-            ids = [choice[0] for choice in rows[i].choices]
-            values = logits.double().log_softmax(dim=-1) if divided else logits
+        ids = torch.zeros(len(batch), table.shape[1], dtype=torch.long)
+        for line, i in enumerate(batch):
+            ids[line, : len(rows[i].choices)] = torch.tensor([c[0] for c in rows[i].choices])
+        ids = ids.to(last.device)
+        if divided:
+            lines = [
+                logits.double().log_softmax(dim=-1)[own]
+                for logits, own in zip(last, ids, strict=True)
+            ]
+            found = torch.stack(lines)
+        else:
+            found = last.gather(1, ids)
+        # Once per batch: the host waits for the device every time it fetches.
+        for values, i in zip(found.double().cpu(), batch, strict=True):
             lengths = torch.tensor(rows[i].lengths, dtype=torch.float64)
-            table[i, : len(ids)] = values[ids].double().cpu() / lengths
+            table[i, : len(lengths)] = values[: len(lengths)] / lengths
     return table
 
 
@@ -147,10 +158,12 @@ def _score_several(model: nn.Module, rows: Sequence[_Tokens], batch_size: int, p
         inputs = [rows[i].prompt + rows[i].choices[j][:-1] for i, j in batch]
         keep = max(len(rows[i].choices[j]) for i, j in batch)
         logits = last_logits(model, inputs, keep, pad)
+        totals = []
         for line, (i, j) in zip(logits, batch, strict=True):
             ids = torch.tensor(rows[i].choices[j], device=line.device)
             log_probs = line[-len(ids) :].double().log_softmax(dim=-1)
-            total = log_probs.gather(1, ids[:, None]).sum().cpu()
+            totals.append(log_probs.gather(1, ids[:, None]).sum())
+        for total, (i, j) in zip(torch.stack(totals).cpu(), batch, strict=True):
             table[i, j] = total / rows[i].lengths[j]
     return table
 

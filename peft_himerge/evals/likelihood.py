@@ -121,9 +121,13 @@ def _add(best: Tensor, model: nn.Module, batch: list[_Answer], pad: int) -> None
     keep = max(len(answer.ids) for answer in batch)
     # The last token of an answer predicts nothing we ask for, so it is not put in.
     logits = last_logits(model, [a.prompt + a.ids[:-1] for a in batch], keep, pad)
+    means = []
     for line, answer in zip(logits, batch, strict=True):
         own = line[-len(answer.ids) :]
         own = own.to(torch.promote_types(own.dtype, torch.float32))
         ids = torch.tensor(answer.ids, device=own.device)
         log_probs = own.gather(1, ids[:, None]).squeeze(1) - own.logsumexp(dim=-1)
-        best[answer.row] = max(best[answer.row], log_probs.double().mean().cpu())
+        means.append(log_probs.double().mean())
+    # Once per batch: the host waits for the device every time it fetches.
+    for mean, answer in zip(torch.stack(means).cpu(), batch, strict=True):
+        best[answer.row] = max(best[answer.row], mean)

@@ -119,13 +119,17 @@ def _add(sums: npt.NDArray[np.float64], model: nn.Module, batch: list[_Window], 
     keep = max(window.targets for window in batch)
     # The last token predicts nothing we ask for, so it is not put in.
     logits = last_logits(model, [window.tokens[:-1] for window in batch], keep, pad)
+    totals = []
     for line, window in zip(logits, batch, strict=True):
         targets = torch.tensor(window.tokens[-window.targets :], device=line.device)
         wide = torch.promote_types(line.dtype, torch.float32)
         losses: Tensor = F.cross_entropy(
             line[-window.targets :].to(wide), targets, reduction="none"
         )
-        sums[window.text] += (-float(losses.double().sum()), window.targets)
+        totals.append(-losses.double().sum())
+    # Once per batch: the host waits for the device every time it fetches.
+    for total, window in zip(torch.stack(totals).tolist(), batch, strict=True):
+        sums[window.text] += (total, window.targets)
 
 
 def _perplexity(sums: npt.NDArray[np.float64]) -> float:
