@@ -19,7 +19,7 @@ from peft_himerge.bench.tasks import load_tasks
 from peft_himerge.folders import load_peft_model
 from peft_himerge.result import versions
 
-METRICS = ("accuracy", "probability", "log_likelihood")
+METRICS = ("accuracy", "calibrated_probability", "probability", "log_likelihood")
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ Each builder checks its rows and options at once, tokenises once, and returns a 
 model with a fingerprint of its own, so that a journal of scores knows it again.
 
     builder                    rows                     what to score by
-    multiple_choice            MultipleChoiceRow        accuracy, probability, log_likelihood
+    multiple_choice            MultipleChoiceRow        accuracy, probability, log_likelihood,
+                                                        calibrated_probability
     generation                 GenerationRow            bleu, rouge1, rouge2, rougeL, corpus_bleu
     likelihood                 GenerationRow            probability, log_likelihood
     perplexity                 texts                    log_likelihood

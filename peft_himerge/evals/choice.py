@@ -1,8 +1,8 @@
 """Multiple choice: which of several continuations does a causal LM find most likely?
 
 Per row: whether the right one won ("accuracy") and how sure the model was of the right one
-("probability" and its log, "log_likelihood": smooth, hence better guides for an analysis on few
-rows).
+("probability" and its log, "log_likelihood"; "calibrated_probability" at the temperature that fits
+best: smooth, hence better guides for an analysis on few rows).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .base import (
     open_ids,
     pad_id,
 )
+from .calibration import calibrated
 from .forward import eval_mode, last_logits
 from .rows import MultipleChoiceRow
 
@@ -69,11 +70,13 @@ def multiple_choice(
             are not at a disadvantage and tokenizers compare (lm-evaluation-harness' acc_norm).
 
     Returns:
-        `eval_fn(model) -> {"accuracy": ..., "probability": ..., "log_likelihood": ...}`: float32
-        vectors on the CPU, one entry per row, in the order of `rows`. Accuracy is 0 or 1;
-        probability is the right choice's share among the choices, which are weighted by exp(what
-        they are compared by): as smooth as its natural log, log_likelihood (0 is best), but a row
-        that is badly wrong cannot outweigh all others.
+        `eval_fn(model) -> {"accuracy": ..., "calibrated_probability": ..., "probability": ...,
+        "log_likelihood": ...}`: float32 vectors on the CPU, one entry per row, in the order of
+        `rows`. Accuracy is 0 or 1; probability is the right choice's share among the choices, which
+        are weighted by exp(what they are compared by): as smooth as its natural log, log_likelihood
+        (0 is best), but a row that is badly wrong cannot outweigh all others.
+        calibrated_probability is the same after a temperature that is fitted to the rows
+        (`calibration.calibrated`): a model wins nothing by being surer of all its answers.
 
     Raises:
         EvalRowError: If there are no rows, or two choices of a row have the same tokens.
@@ -96,8 +99,13 @@ def multiple_choice(
         log_probs = table.log_softmax(dim=1)
         right = log_probs.gather(1, answers[:, None]).squeeze(1)
         hits = log_probs.argmax(dim=1) == answers
-        likely = right.float()
-        return {"accuracy": hits.float(), "probability": likely.exp(), "log_likelihood": likely}
+        likely, fitted = right.float(), calibrated(table, answers).float()
+        return {
+            "accuracy": hits.float(),
+            "calibrated_probability": fitted.exp(),
+            "probability": likely.exp(),
+            "log_likelihood": likely,
+        }
 
     name = "multiple_choice"
     return EvalFunction(name, len(kept), fingerprint(name, rows=tokens, batch=batch_size), run)

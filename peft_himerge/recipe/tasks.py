@@ -58,7 +58,8 @@ _CLASSES = ("log_likelihood", "accuracy", "macro_f1")
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "multiple_choice": Kind(
-            evals.multiple_choice, ("probability", "accuracy", "log_likelihood")
+            evals.multiple_choice,
+            ("probability", "calibrated_probability", "accuracy", "log_likelihood"),
         ),
         "generation": Kind(
             evals.generation, ("rougeL", "rougeL", "bleu", "rouge1", "rouge2", "corpus_bleu")
