@@ -228,7 +228,7 @@ class _Bench:
             *(contender.space, contender.hi.model_dump() if contender.hi else None),
             *(["focused"] if contender.focus else []),
         ]
-        own = [self.options.budget, self.options.guide, self.options.seed]
+        own = [self.options.budget, [self.tasks[n].guide for n in names], self.options.seed]
         self._cell(
             Path("merges") / "+".join(names) / f"{contender.name}.json",
             [facts, own, self._digests(names), self._told(names, "validation", "test")],
