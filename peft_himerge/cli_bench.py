@@ -35,7 +35,8 @@ def bench(
     test_rows: Annotated[int, typer.Option(min=1, help="Test rows per task.")] = 200,
     budget: Annotated[int, typer.Option(min=2, help="Scores a method may spend.")] = 24,
     guide: Annotated[
-        str, typer.Option(help="What methods choose by: smooth, or the measure of the table.")
+        str,
+        typer.Option(help="What methods choose by: smooth, probability, or measure (the table's)."),
     ] = "smooth",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,

@@ -55,8 +55,9 @@ class HiMergeConfig(BaseModel):
             itself (default), or the "degraded", which loses.
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
             for tasks with unlike metrics.
-        tolerance: a gamma of less than this magnitude counts as 0: a number, or in its own standard
-            errors, as "2se" (needs eval functions that return per-example scores).
+        tolerance: a gamma of less than this magnitude counts as 0, and accept="best" keeps only
+            what wins more than this: a number, or in its own (paired) standard errors, as "2se"
+            (needs eval functions that return per-example scores).
         metric: which entry of a dict of metrics is the score: one name, or one per task.
         rank: rank of the exported adapter: a number; a share of the delta's energy (squared
             Frobenius norm) as a float below 1; "exact"; or "auto", which is "exact" where nothing
@@ -186,17 +187,17 @@ class HiMergeConfig(BaseModel):
 
         return Edit(pick(self.density), pick(self.scale))
 
-    def tolerance_of(self, gamma_se: float | None) -> float:
-        """Return the magnitude below which a gamma with this standard error counts as 0."""
+    def tolerance_of(self, se: float | None) -> float:
+        """Return the magnitude up to which a difference with this standard error is noise."""
         if isinstance(self.tolerance, str):
             found = _SE.match(self.tolerance)
             assert found is not None
-            if gamma_se is None:
+            if se is None:
                 raise ConfigError(
                     f"tolerance={self.tolerance!r} needs per-example scores: let the eval "
                     f"functions return a 1-D array of at least two values, or give a number."
                 )
-            return float(found.group(1)) * gamma_se
+            return float(found.group(1)) * se
         return self.tolerance
 
     def metric_of(self, task: str) -> str | None:

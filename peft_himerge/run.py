@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from .errors import ConfigError, ExportError
 from .events import ContributionsMeasured, Event, LayerResolved, Listener, MergeStarted
 from .interrupts import heard
 from .plan import DROP, Edit, MergePlan
-from .scoring import Score, Task
+from .scoring import Score, Task, difference
 from .search import GRID, Trial, best, search_edit
 
 __all__ = ["Run"]
@@ -219,6 +220,9 @@ class Run:
     ) -> dict[str, float] | None:
         """Make the best of these the plan if the mean score does not fall, or rises.
 
+        With accept="best" by more than the tolerance: of many small gains on few examples most are
+        luck, and the best of several is picked for its luck too.
+
         Returns:
             The scores of the best one; None if all are the plan itself.
         """
@@ -226,11 +230,14 @@ class Run:
         if not plans:
             return None
         self._ask(engine, self.tasks, *plans)
-        before = _mean(self._scores(engine, self.plan))
+        before = self._scores(engine, self.plan)
         after = [self._scores(engine, plan) for plan in plans]
         best_at = max(range(len(plans)), key=lambda i: (_mean(after[i]), -i))
-        won = _mean(after[best_at]) - before
-        if won > 0 or (won == 0 and not rise):
+        won = _mean(after[best_at]) - _mean(before)
+        noise = 0.0
+        if self.config.accept == "best":
+            noise = self.config.tolerance_of(_paired_error(after[best_at], before))
+        if won > noise or (won == noise == 0.0 and not rise):
             self.plan = plans[best_at]
         return _values(after[best_at])
 
@@ -256,6 +263,14 @@ class Run:
 
 def _mean(scores: Mapping[str, Score]) -> float:
     return sum(score.value for score in scores.values()) / len(scores)
+
+
+def _paired_error(one: Mapping[str, Score], other: Mapping[str, Score]) -> float | None:
+    """Return the standard error of the difference of two means over the tasks, if it is known."""
+    errors = [difference([one[task]], [other[task]]).se for task in one]
+    if any(error is None for error in errors):
+        return None
+    return math.hypot(*(error or 0.0 for error in errors)) / len(errors)
 
 
 def _values(scores: Mapping[str, Score]) -> dict[str, float]:

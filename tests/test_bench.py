@@ -363,7 +363,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
 @pytest.mark.parametrize(
     ("task", "guide", "text"),
     [
-        ("one", "smoothly", r"guide must be one of \['measure', 'smooth'\], got 'smoothly'"),
+        (
+            "one",
+            "smoothly",
+            r"guide must be one of \['measure', 'probability', 'smooth'\], got 'smoothly'",
+        ),
         ("nowhere", "smooth", "there is no task 'nowhere'.*validation.jsonl and test.jsonl"),
         ("odd", "smooth", "rows with 'choices' .* the first row has neither"),
         ("empty", "smooth", "the first row has neither"),

@@ -127,9 +127,18 @@ ABLATIONS: tuple[Contender, ...] = (
     _ablation("best", "edits by the best of several", accept="best"),
     _ablation("merged_search", "search on the merged model", search_target="merged"),
     _ablation(
+        "joint_one_se", "joint, gains above 1 standard error", variant="joint", tolerance="1se"
+    ),
+    _ablation(
         "joint_model", "joint, model-wise only", variant="joint", accept="always", tolerance=1e6
     ),
     _ablation("joint_layer", "joint, layer-wise only", variant="joint", density=1.0, scale=1.0),
+    Contender(
+        "hi_focused_one_se",
+        "joint, focused, gains above 1 standard error",
+        hi=HiMergeConfig(variant="joint", density=1.0, tolerance="1se"),
+        focus=True,
+    ),
 )
 """Hi-Merging with one option changed; run only if they are named, and ranked with nobody."""
 

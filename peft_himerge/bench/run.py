@@ -50,7 +50,7 @@ class Options:
         test_rows: test rows per task.
         budget: most scores on validation rows that a method of the registry may spend; Hi-Merging
             spends what its analysis takes, which is reported.
-        guide: "smooth" or "measure"; see `tasks.load_tasks`.
+        guide: "smooth", "probability" or "measure"; see `tasks.load_tasks`.
         batch_size: sequences per forward pass.
         max_new_tokens: most tokens to generate per prompt.
         dtype: of the base model, "float32" or "bfloat16"; adapters and merging keep float32.
