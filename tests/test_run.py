@@ -210,7 +210,7 @@ class ByHand:
             same = published.fingerprint == start.fingerprint
             if self.config.accept == "always":
                 self.plan = published
-            elif not same and self.mean(published) >= self.mean(start):
+            elif not same and self.wins(published, may_tie=True):
                 self.plan = published
             if self.config.accept == "best":
                 for name in start.edits[layer]:
@@ -224,7 +224,15 @@ class ByHand:
             tried = self.plan.with_edit(layer, name, Edit(edit.density, edit.scale * factor))
             if not edit.drops and self.mean(tried) > high:
                 top, high = tried, self.mean(tried)
-        self.plan = top
+        if self.wins(top):
+            self.plan = top
+
+    def wins(self, plan: MergePlan, *, may_tie: bool = False) -> bool:
+        won = self.mean(plan) - self.mean(self.plan)
+        assert isinstance(self.config.tolerance, float)
+        if self.config.accept == "best" and self.config.tolerance > 0.0:
+            return won > self.config.tolerance
+        return won >= 0.0 if may_tie else won > 0.0
 
     def told(
         self, conflict: Conflict, proposed: dict[str, Edit], start: MergePlan, published: MergePlan
@@ -256,6 +264,7 @@ class ByHand:
     reanalyze=st.sampled_from(["once", "each"]),
     accept=st.sampled_from(["always", "no_regression", "best"]),
     partial=st.sampled_from(["degrader", "degraded"]),
+    tolerance=st.sampled_from([0.0, 0.0, 0.125, 0.25]),
 )
 def test_every_decision_on_any_scores_is_the_one_made_by_hand(
     seed: int,
@@ -270,6 +279,7 @@ def test_every_decision_on_any_scores_is_the_one_made_by_hand(
     reanalyze: Any,
     accept: Any,
     partial: Any,
+    tolerance: float,
 ) -> None:
     config = paper(
         density=density,
@@ -280,6 +290,7 @@ def test_every_decision_on_any_scores_is_the_one_made_by_hand(
         reanalyze=reanalyze,
         accept=accept,
         partial_target=partial,
+        tolerance=tolerance,
     )
     guards = tuple(name for name in guards if name != "c" or n == 3)
     made, rule = three(n), chance(seed, values)
@@ -576,6 +587,36 @@ def test_an_edit_by_degrees_must_rise_and_the_published_one_must_not_fall() -> N
     assert dict(run.plan.edits["h.0"]) == {"a": IDENTITY, "b": Edit(1.0, 0.5)}
     assert resolution.edits == {"b": Edit(1.0, 0.5)}
     assert (resolution.before, resolution.after) == ({"a": 0.0, "b": 1.0}, {"a": 1.0, "b": 0.0})
+
+
+@pytest.mark.parametrize(("errors", "kept"), [("0.9se", True), ("1.1se", False)])
+def test_climbing_keeps_what_wins_more_than_its_paired_standard_errors(
+    errors: str, kept: bool
+) -> None:
+    # Four examples per task: the change wins 0.5 in the mean of the tasks, with differences of
+    # 0.5 ± c. The standard error of a task's difference is c / sqrt(3), of the mean of both
+    # c / sqrt(6).
+    c = 0.5 * 6**0.5
+    swing = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64) * c
+    run, _ = started(three(), HiMergeConfig(density=1.0, scale=1.0, tolerance=errors))
+    run.plan = run.combiner.plan({"a": IDENTITY, "b": IDENTITY})
+    changed = run.plan.with_edit("h.0", "a", Edit(1.0, 0.5))
+    # Between examples they differ much more, which cancels: the states answer the same ones.
+    apart = torch.tensor([0.0, 10.0, 20.0, 40.0], dtype=torch.float64)
+    table = Table(lambda task, state: apart + (0.5 + swing if state == changed else 0.0))
+    table.begin("repair")
+    run._try(table, [changed], rise=True)  # type: ignore[arg-type]
+    assert (run.plan == changed) is kept
+
+
+def test_climbing_by_standard_errors_needs_examples() -> None:
+    run, _ = started(three(), HiMergeConfig(density=1.0, scale=1.0, tolerance="1se"))
+    run.plan = run.combiner.plan({"a": IDENTITY, "b": IDENTITY})
+    changed = run.plan.with_edit("h.0", "a", Edit(1.0, 0.5))
+    table = Table(lambda task, state: 1.0 if state == changed else 0.0)
+    table.begin("repair")
+    with pytest.raises(ConfigError, match="tolerance='1se' needs per-example scores"):
+        run._try(table, [changed])  # type: ignore[arg-type]
 
 
 def test_a_layer_nobody_loses_in_is_left_alone() -> None:
