@@ -17,7 +17,7 @@ from peft_himerge import factors as factors_room
 from peft_himerge.errors import ConfigError
 from peft_himerge.factors import LoraFactors
 from peft_himerge.layers import layer_of
-from peft_himerge.methods.order import largest
+from peft_himerge.methods.order import _tally, largest
 from peft_himerge.methods.registry import get_method, list_methods
 from peft_himerge.methods.spaces import in_space
 from peft_himerge.methods.stack import Stack
@@ -555,3 +555,16 @@ def test_layers_share_a_threshold_only_with_scope_layer() -> None:
     assert [int(torch.count_nonzero(x)) for x in by_layer] == [0, 30]
     by_module = run("magnitude_prune", pair, density=0.5)
     assert [int(torch.count_nonzero(x)) for x in by_module] == [15, 15]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_both_ways_to_count_digits_agree(count: int) -> None:
+    draw = torch.Generator().manual_seed(count)
+    digits = [
+        torch.randint(0, 1 << 16, (5000,), generator=draw, dtype=torch.int32) for _ in range(count)
+    ]
+    masks = [torch.rand(5000, generator=draw) < 0.3 for _ in range(count)]
+    for some in (masks, [None] * count):
+        on_host, on_device = (_tally(digits, some, host=host) for host in (True, False))
+        assert torch.equal(on_host, on_device)
+        assert int(on_host.sum()) == sum(5000 if m is None else int(m.sum()) for m in some)

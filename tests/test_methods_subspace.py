@@ -217,7 +217,8 @@ def naive_widen(stack: Stack, ratio: float = 1.0, calibration: float = 1.0) -> T
                 ranks[i, j] = place / width
         score = torch.exp(ranks) / torch.exp(ranks).sum(0)
         for i in range(len(present)):
-            score[i, ranks[i] > ratio * ranks[i].mean()] = calibration
+            above = 2 * width * ranks[i] > ratio * (width - 1) + 1e-9  # above the mean rank
+            score[i, above] = calibration
         scores.append(score)
     weight = (scores[0] + scores[1]) / 2
     return sum(d * w for d, w in zip(present, weight, strict=True))

@@ -62,12 +62,13 @@ def _count(
             if values is None or not known:
                 continue
             keys = _keys(values.to(dtype).flatten())
+            host = keys.device.type == "cpu"
             if first:
-                found = _tally([(keys >> shift) + (_RADIX >> 1)], [None])
+                found = _tally([(keys >> shift) + (_RADIX >> 1)], [None], host=host)
             else:
                 high = (keys >> (shift + _DIGIT)) + _offset(dtype, shift + _DIGIT)
                 low = (keys >> shift) & (_RADIX - 1)
-                found = _tally([low] * len(known), [high == p for p in known])
+                found = _tally([low] * len(known), [high == p for p in known], host=host)
             # Summed where the values are: a table that goes to the host waits for the device.
             old = table.get(keys.device)
             table[keys.device] = found if old is None else old + found
@@ -76,10 +77,16 @@ def _count(
     return [torch.stack(found).sum(0).view(-1, _RADIX) for found in parts]
 
 
-def _tally(digits: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
-    """Return how often each digit is where its mask is set (None: anywhere), (masks * RADIX,)."""
+def _tally(digits: Sequence[Tensor], masks: Sequence[Tensor | None], *, host: bool) -> Tensor:
+    """Return how often each digit is where its mask is set (None: anywhere), (masks * RADIX,).
+
+    Args:
+        digits: 0 to RADIX - 1, flat.
+        masks: one per tensor of digits.
+        host: count in the way that is fastest on the CPU.
+    """
     size = len(digits) * _RADIX
-    if digits[0].device.type == "cpu":
+    if host:
         some = [
             (d if mask is None else d[mask]) + i * _RADIX
             for i, (d, mask) in enumerate(zip(digits, masks, strict=True))

@@ -148,5 +148,7 @@ def _scores(changes: Sequence[Tensor], ratio: float, calibration: float) -> Tens
     width = joint.shape[1]
     places = torch.argsort(torch.argsort(joint, dim=1, stable=True), dim=1)
     ranks = places.to(joint.dtype) / width
-    important = ranks > ratio * ranks.mean(dim=1, keepdim=True)
+    # More than `ratio` times the mean rank, (width - 1) / 2 places: in whole numbers, since the
+    # column in the middle lies on it, and rounding would decide.
+    important = 2 * places > ratio * (width - 1)
     return torch.where(important, calibration, torch.softmax(ranks, dim=0))
