@@ -632,7 +632,9 @@ def test_studies_say_what_the_scripts_found(
     _run_script("surface.py", ["one", *sizes, out["surface"]], monkeypatch)
     more = [f"--cells={done}", "--contender=hi_careful", out["ranks"]]
     _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
+    shutil.copytree(done, tmp_path / "guides" / "measure")
     text = studies(tmp_path)
+    assert render(done).strip() in text
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in out}
     first = found["stability"]["stability"]["0.0"][0]
     assert f"| {first['metric']} | 8 | {first['kinds']:.0%} | {first['chance']:.0%} |" in text
@@ -643,6 +645,7 @@ def test_studies_say_what_the_scripts_found(
     exact = found["ranks"]["settings"]["one+two"][-1]
     assert f"| exact | {exact['rank']} | {exact['export_error']:.3f} |" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Chosen by another score: measure",
         "## How many examples the analysis needs",
         "## Density and scale of a single adapter",
         "## Rank of the exported adapter",

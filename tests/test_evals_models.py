@@ -42,6 +42,7 @@ from peft_himerge.evals import (
     token_classification,
 )
 from peft_himerge.evals.base import fingerprint
+from peft_himerge.evals.calibration import calibrated
 from peft_himerge.evals.generation import generate_texts
 from peft_himerge.identity import eval_digest
 from peft_himerge.plan import Edit, MergePlan
@@ -111,6 +112,7 @@ def logits_of(model: nn.Module, ids: list[int]) -> torch.Tensor:
 def test_multiple_choice_padded_equals_unpadded(kind: str, normalize: str, rows: Any) -> None:
     model = bytewise.CAUSAL[kind](torch.float64)
     found = multiple_choice(rows, TOKENIZER, batch_size=4, normalize=normalize)(model)
+    compared = torch.full((len(rows), 9), -torch.inf, dtype=torch.float64)
     for i, row in enumerate(rows):
         totals = []
         for choice in row.choices:
@@ -123,6 +125,9 @@ def test_multiple_choice_padded_equals_unpadded(kind: str, normalize: str, rows:
         assert float(found["log_likelihood"][i]) == pytest.approx(math.log(share), abs=1e-5)
         assert float(found["probability"][i]) == pytest.approx(share, abs=1e-5)
         assert found["accuracy"][i] == (max(totals) == totals[row.answer])
+        compared[i, : len(totals)] = torch.tensor(totals)
+    fitted = calibrated(compared, torch.tensor([row.answer for row in rows])).exp()
+    torch.testing.assert_close(found["calibrated_probability"].double(), fitted, rtol=0, atol=1e-5)
 
 
 def test_multiple_choice_normalisation_changes_what_wins() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .table import markdown, repeats
+from .table import markdown, render, repeats
 
 __all__ = ["studies"]
 
@@ -15,11 +15,12 @@ def studies(folder: str | Path) -> str:
     """Return the sections of all studies that were run, "" for none.
 
     Args:
-        folder: holds `cells`, `repeats/<any>` (cells of the same settings, run again), and what
-            the scripts in examples/bench wrote: `stability*.json`, `surface*.json`, `ranks*.json`.
+        folder: holds `cells`, `repeats/<any>` (cells of the same settings, run again),
+            `guides/<name>` (cells of contenders that chose by another score), and what the scripts
+            in examples/bench wrote: `stability*.json`, `surface*.json`, `ranks*.json`.
     """
     found = Path(folder)
-    made = (_repeated(found), _stability(found), _surface(found), _ranks(found))
+    made = (_repeated(found), _guides(found), _stability(found), _surface(found), _ranks(found))
     return "\n\n".join(part for part in made if part)
 
 
@@ -38,6 +39,16 @@ def _repeated(folder: Path) -> str:
         "(and to focus on). ± is the standard deviation of a run.\n\n"
         + repeats([folder / "cells", *runs])
     )
+
+
+def _guides(folder: Path) -> str:
+    parts = [
+        f"## Chosen by another score: {cells.name}\n\n"
+        f"The same adapters and rows with `--guide {cells.name}`.\n\n{render(cells).strip()}"
+        for cells in sorted((folder / "guides").glob("*"))
+        if cells.is_dir()
+    ]
+    return "\n\n".join(parts)
 
 
 def _stability(folder: Path) -> str:
