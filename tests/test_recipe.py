@@ -183,7 +183,7 @@ def test_a_recipe_is_what_python_would_do(shop: Callable[[str], Path], tmp_path:
 
     evals = {t: multiple_choice(rows(t, "validation"), tokenizer) for t in folders}
     config = HiMergeConfig(
-        search_target="merged", accept="no_regression", metric="probability", rank=3,
+        search_target="merged", accept="no_regression", metric="calibrated_probability", rank=3,
         max_export_drop=None,
     )  # fmt: skip
     wanted = merge_adapters_hi(model, ["en", "zh"], evals, config=config)
@@ -234,7 +234,7 @@ def test_a_focused_recipe_is_what_python_would_do_and_can_be_replayed(
         variant="joint",
         density={"en_focused": 1.0, "zh_focused": 0.5},
         scale={"en_focused": 0.5, "zh_focused": 0.75},
-        metric="probability",
+        metric="calibrated_probability",
         rank=3,
         max_export_drop=None,
     )
@@ -296,7 +296,12 @@ def test_a_method_that_looks_at_scores_is_what_python_would_do(
         for task in folders
     }
     wanted = merge_adapters(
-        model, ["en", "zh"], "greedy_soup", eval_fns=evals, metric="probability", rank="exact"
+        model,
+        ["en", "zh"],
+        "greedy_soup",
+        eval_fns=evals,
+        metric="calibrated_probability",
+        rank="exact",
     )
     assert done.result.fitted == wanted.fitted
     for record in wanted.modules:
@@ -1097,7 +1102,7 @@ def test_a_sweep_starts_from_what_a_recipe_says_and_nothing_else(
         "scale": {"en_focused": 0.5, "zh_focused": 1.0},
         "density": {"en_focused": 1.0, "zh_focused": 0.5},
         "rank": "auto",
-        "metric": {"en_focused": "probability", "zh_focused": "probability"},
+        "metric": {"en_focused": "calibrated_probability", "zh_focused": "calibrated_probability"},
     }
     assert set(eval_fns) == set(folders) == {"en_focused", "zh_focused"}
     assert set(model.peft_config) == {"en", "zh", *eval_fns}

@@ -59,7 +59,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "multiple_choice": Kind(
             evals.multiple_choice,
-            ("probability", "calibrated_probability", "accuracy", "log_likelihood"),
+            ("calibrated_probability", "accuracy", "probability", "log_likelihood"),
         ),
         "generation": Kind(
             evals.generation, ("rougeL", "rougeL", "bleu", "rouge1", "rouge2", "corpus_bleu")
