@@ -267,10 +267,9 @@ def _mean(scores: Mapping[str, Score]) -> float:
 
 def _paired_error(one: Mapping[str, Score], other: Mapping[str, Score]) -> float | None:
     """Return the standard error of the difference of two means over the tasks, if it is known."""
-    errors = [difference([one[task]], [other[task]]).se for task in one]
-    if any(error is None for error in errors):
-        return None
-    return math.hypot(*(error or 0.0 for error in errors)) / len(errors)
+    found = [difference([one[task]], [other[task]]).se for task in one]
+    errors = [error for error in found if error is not None]
+    return math.hypot(*errors) / len(errors) if errors == found else None
 
 
 def _values(scores: Mapping[str, Score]) -> dict[str, float]:
