@@ -151,6 +151,17 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     parts = f"{path}.{name}".split(".")
                     plain = [p for p in parts if p not in ("base_layer", "original_module")]
                     yield ".".join(plain), tensor
+                    for key, beside in _beside(tensor):
+                        yield ".".join([*plain, key]), beside
+
+
+def _beside(weight: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield what bitsandbytes keeps beside a weight's codes, without which they mean nothing."""
+    state = getattr(weight, "quant_state", None)
+    found = {"SCB": getattr(weight, "SCB", None)}
+    if state is not None:
+        found |= state.as_dict(packed=True)
+    yield from ((key, tensor) for key, tensor in found.items() if isinstance(tensor, Tensor))
 
 
 @contextmanager

@@ -367,3 +367,26 @@ def offload(model: PeftModel, where: str, folder: Path) -> None:
                 cpu_offload(module, execution_device=device)
             else:
                 disk_offload(module, folder / path, execution_device=device)
+
+
+def quantised(bits: int, scale: float) -> Any:
+    """A model of one layer that bitsandbytes has quantised; codes do not depend on the scale."""
+    library = pytest.importorskip("bitsandbytes")
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 64, generator=draw) * scale
+    layer = (
+        library.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+        if bits == 4
+        else library.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    )
+    layer.load_state_dict({"weight": weight})
+    base = torch.nn.Sequential(layer).to("cpu")
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_quantised_codes_stand_for_counts(bits: int) -> None:
+    one, again, doubled = quantised(bits, 1.0), quantised(bits, 1.0), quantised(bits, 2.0)
+    codes = [m.base_model.model[0].base_layer.weight.data for m in (one, doubled)]
+    assert torch.equal(*codes)
+    assert base_digest(one) == base_digest(again) != base_digest(doubled)
