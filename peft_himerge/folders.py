@@ -70,7 +70,9 @@ def load_peft_model(
     auto = auto_class(kinds)
     with torch.random.fork_rng(devices=[]):  # a head that the base lacks is drawn at random
         torch.default_generator.manual_seed(0)  # the CPU's; torch.manual_seed sets all GPUs' too
-        model = auto.from_pretrained(source, dtype=dtype).to(own_device())
+        model = auto.from_pretrained(source, dtype=dtype)
+    if getattr(model, "quantization_method", None) is None:  # quantised, it is placed and stays
+        model = model.to(own_device())
     return hold_adapters(model, adapters, bodies=bodies), load_tokenizer(source)
 
 
