@@ -47,6 +47,7 @@ from peft_himerge.methods.registry import get_method
 ROWS, TEST = 6, 10
 SIZES = Options(rows=ROWS, test_rows=TEST, budget=8, batch_size=8, max_new_tokens=4)
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
+METRICS = ("accuracy", "calibrated_probability", "probability", "log_likelihood")
 NAMES = ("plain_sum", "ties", "knots_ties", "hi_careful", "hi_focused")
 
 
@@ -463,9 +464,7 @@ def test_script_says_how_stable_the_analysis_is(
         {"0.0", "2se"},
     )
     for rows in told["stability"].values():
-        assert [(r["metric"], r["rows"]) for r in rows] == [
-            (metric, 8) for metric in ("accuracy", "probability", "log_likelihood")
-        ]
+        assert [(r["metric"], r["rows"]) for r in rows] == [(metric, 8) for metric in METRICS]
         assert all(0 <= r["kinds"] <= 1 and -1 <= r["order"] <= 1 for r in rows)
 
 

@@ -314,7 +314,7 @@ def test_train_writes_adapters_that_load_and_repeats_exactly(tiny_base, tmp_path
     record = json.loads((folders["zh"] / "training.json").read_text(encoding="utf-8"))
     assert record["settings"]["steps"] == 3
     assert record["test_rows"] == 4
-    metrics = {"accuracy", "probability", "log_likelihood"}
+    metrics = {"accuracy", "calibrated_probability", "probability", "log_likelihood"}
     assert set(record["before"]) == set(record["after"]) == metrics
 
 
