@@ -18,7 +18,7 @@ from .conflict import GRADES
 from .contribution import states
 from .layers import OUTSIDE
 from .plan import DROP, Edit, MergePlan
-from .search import budget
+from .search import budget, together
 
 __all__ = ["Cost", "Path", "Step", "common_prefix", "estimate", "path_of"]
 
@@ -165,7 +165,8 @@ def estimate(
     steps = [walk.take("base", "states", [(task, MergePlan.base()) for task in tasks])]
     if searched:
         merged = config.search_target == "merged"
-        scores = len(own) * budget(config) * (len(tasks) if merged else 1)
+        states_tried = len(own) * budget(config) + len(together(config, len(own)))
+        scores = states_tried * (len(tasks) if merged else 1)
         steps.append(walk.at_most("search", "search", scores, tasks if merged else own))
         # The edit that wins was scored by the search already.
         won = [(t, plan) for t in tasks] if merged else [(t, plan.solo(t)) for t in own]

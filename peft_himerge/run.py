@@ -18,7 +18,7 @@ from .events import ContributionsMeasured, Event, LayerResolved, Listener, Merge
 from .interrupts import heard
 from .plan import DROP, Edit, MergePlan
 from .scoring import Score, Task, difference
-from .search import GRID, Trial, best, search_edit
+from .search import GRID, Trial, best, search_edit, together
 
 __all__ = ["Run"]
 
@@ -123,6 +123,7 @@ class Run:
     def _search(self, engine: Engine) -> None:
         """Choose each adapter's density and scale (DESIGN 1.1)."""
         own_only = self.config.search_target == "own"
+        self._scale_together(engine)
         for name in self.own:
             if self.config.search == "optuna" and self.config.density == "search":
                 # It asks for few densities at a time; one pass over the deltas cuts for all.
@@ -139,9 +140,21 @@ class Run:
                     return [score.value for score in scored]
                 return [_mean(self._scores(engine, plan)) for plan in plans]
 
-            trials = search_edit(name, self.config, value)
+            trials = search_edit(name, self.config, value, self.plan.adapters[name])
             self.trials.extend(trials)
             self.plan = self.plan.with_adapter(name, best(trials).edit)
+
+    def _scale_together(self, engine: Engine) -> None:
+        """Give all adapters the one scale that suits the merged model best, if any is searched."""
+        tried: list[tuple[float, float, MergePlan]] = []
+        for scale in together(self.config, len(self.own)):
+            plan = self.plan
+            for name in self.own:
+                plan = plan.with_adapter(name, Edit(plan.adapters[name].density, scale))
+            tried.append((_mean(self._scores(engine, plan)), -scale, plan))
+            self.trials += [Trial(n, plan.adapters[n], tried[-1][0]) for n in self.own]
+        if tried:
+            self.plan = max(tried, key=lambda one: one[:2])[2]
 
     def _gains(self) -> dict[str, float]:
         gains = {

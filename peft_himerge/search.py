@@ -4,7 +4,8 @@ Source: Hi-Merging searches both over 0.1..1.0 in steps of 0.1 on the adapter's 
 "coarse" is ours: one line over scale, one over density, one last look, at most 12 scores.
 "optuna" asks Optuna's TPE for points of the grid, within a budget, from density 1 and scale 1 on.
 On the merged model scales above 1 are tried too (ours): an adapter that the others drown needs more
-of itself than it does alone.
+of itself than it does alone. And all adapters are scaled together first: what only one gets more of
+the others lose by, so that one by one none may rise although all of them should.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .config import HiMergeConfig
 from .plan import Edit
 from .sampler import explore, import_optuna, propose
 
-__all__ = ["GRID", "Trial", "best", "budget", "check_search", "search_edit"]
+__all__ = ["GRID", "Trial", "best", "budget", "check_search", "search_edit", "together"]
 
 GRID = tuple(round(0.1 * i, 1) for i in range(1, 11))
 _ABOVE = (1.25, 1.5)
@@ -40,8 +41,15 @@ def best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda t: (t.value, -t.edit.density, -t.edit.scale))
 
 
+def together(config: HiMergeConfig, adapters: int) -> tuple[float, ...]:
+    """Return the scales that all adapters are given at once before any is searched; () for none."""
+    if adapters < 2 or config.scale != "search" or config.search_target == "own":
+        return ()
+    return _COARSE_MERGED
+
+
 def budget(config: HiMergeConfig) -> int:
-    """Return the most scores one adapter's search takes."""
+    """Return the most scores one adapter's search takes, without those of `together`."""
     free = ("search" == config.density) + ("search" == config.scale)
     if free == 0:
         return 0
@@ -68,7 +76,10 @@ def check_search(config: HiMergeConfig) -> None:
 
 
 def search_edit(
-    adapter: str, config: HiMergeConfig, value: Callable[[Sequence[Edit]], Sequence[float]]
+    adapter: str,
+    config: HiMergeConfig,
+    value: Callable[[Sequence[Edit]], Sequence[float]],
+    start: Edit | None = None,
 ) -> list[Trial]:
     """Score candidates for one adapter and return all of them; `best` picks.
 
@@ -76,8 +87,10 @@ def search_edit(
         adapter: name of the adapter.
         config: which of density and scale is free, and the kind of search.
         value: gives the scores of several edits at once, higher is better.
+        start: the adapter's edit so far, where Optuna begins; by default what `config` gives, with
+            1 for what is free.
     """
-    given = config.model_wise_edit(adapter)
+    given = start or config.model_wise_edit(adapter)
     free_density, free_scale = config.density == "search", config.scale == "search"
     trials: list[Trial] = []
 
@@ -93,8 +106,8 @@ def search_edit(
     densities = GRID if free_density else (given.density,)
     scales = _scales(config) if free_scale else (given.scale,)
     if config.search == "optuna":
-        start = (given.density, given.scale)  # a free one counts as 1
-        points = propose("optuna", (densities, scales), budget(config), first=[start])
+        first = [(given.density, given.scale)]
+        points = propose("optuna", (densities, scales), budget(config), first=first)
         explore(points, lambda batch: score([Edit(*point) for point in batch]))
         return trials
     if not (free_density and free_scale) or config.search == "grid":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -169,6 +170,9 @@ class ByHand:
         return sum(self.values(plan).values()) / len(self.tasks)
 
     def search(self) -> None:
+        merged_too = self.config.search_target == "merged" and self.config.scale == "search"
+        if merged_too and len(self.own) > 1:
+            self.scale_together()
         for name in self.own:
 
             def value(edits: Sequence[Edit], name: str = name) -> list[float]:
@@ -177,9 +181,20 @@ class ByHand:
                     return [self.rule(name, plan.solo(name)) for plan in plans]
                 return [self.mean(plan) for plan in plans]
 
-            tried = search_edit(name, self.config, value)
+            tried = search_edit(name, self.config, value, self.plan.adapters[name])
             self.trials += tried
             self.plan = self.plan.with_adapter(name, best(tried).edit)
+
+    def scale_together(self) -> None:
+        start, high = self.plan, -math.inf
+        for scale in (0.3, 0.5, 0.7, 1.0, 1.25, 1.5):
+            plan = start
+            for name in self.own:
+                plan = plan.with_adapter(name, Edit(start.adapters[name].density, scale))
+            for name in self.own:
+                self.trials.append(Trial(name, plan.adapters[name], self.mean(plan)))
+            if self.mean(plan) > high:
+                self.plan, high = plan, self.mean(plan)
 
     def row(self, layer: str, task: str, edited: MergePlan) -> Contribution:
         base = self.rule(task, MergePlan.base())
