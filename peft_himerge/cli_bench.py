@@ -33,6 +33,10 @@ def bench(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Validation rows per task and score.")] = 48,
     test_rows: Annotated[int, typer.Option(min=1, help="Test rows per task.")] = 200,
+    text_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Test rows where text is generated; as --test-rows by default."),
+    ] = None,
     budget: Annotated[int, typer.Option(min=2, help="Scores a method may spend.")] = 24,
     guide: Annotated[
         str,
@@ -58,7 +62,10 @@ def bench(
 
     if quick:
         rows, test_rows, budget = min(rows, 16), min(test_rows, 32), min(budget, 8)
-    options = Options(rows, test_rows, budget, guide, batch_size, max_new_tokens, dtype, seed)
+        text_rows = min(text_rows or test_rows, test_rows)
+    options = Options(
+        rows, test_rows, budget, guide, batch_size, max_new_tokens, dtype, seed, text_rows
+    )
     if adapters is None and data is None and not setting:
         cells = run_own(out, contenders=method or (), options=options, base=base, say=typer.echo)
     elif base is None or adapters is None or data is None or not setting:

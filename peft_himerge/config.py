@@ -16,8 +16,8 @@ __all__ = ["VARIANTS", "HiMergeConfig"]
 Density = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0.0, le=MOST_SCALE, allow_inf_nan=False)]
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"search_target": "own", "accept": "always"},
-    "joint": {"search_target": "merged", "accept": "best"},
+    "paper": {"search_target": "own", "accept": "always", "tolerance": 0.0},
+    "joint": {"search_target": "merged", "accept": "best", "tolerance": "auto"},
 }
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
 
@@ -26,9 +26,10 @@ class HiMergeConfig(BaseModel):
     """Options of `merge_adapters_hi`; frozen.
 
     Attributes:
-        variant: where `search_target` and `accept` come from if they are not given: "joint" (ours,
-            default) decides everything by the mean score of the merged model: densities and
-            scales, and then, layer by layer, what repairs it; "paper" is Hi-Merging as published.
+        variant: where `search_target`, `accept` and `tolerance` come from if they are not given:
+            "joint" (ours, default) decides everything by the mean score of the merged model:
+            densities and scales, and then, layer by layer, what repairs it beyond the noise;
+            "paper" is Hi-Merging as published.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
         scale: factor s on what was kept, in [0, 10,000]: one number, one per adapter, or "search".
@@ -56,8 +57,9 @@ class HiMergeConfig(BaseModel):
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
             for tasks with unlike metrics.
         tolerance: a gamma of less than this magnitude counts as 0, and accept="best" keeps only
-            what wins more than this: a number, or in its own (paired) standard errors, as "2se"
-            (needs eval functions that return per-example scores).
+            what wins more than this: a number, 0 in the paper; or in its own (paired) standard
+            errors, as "2se" (needs eval functions that return per-example scores); or "auto", one
+            standard error where there are per-example scores, else 0.
         metric: which entry of a dict of metrics is the score: one name, or one per task.
         rank: rank of the exported adapter: a number; a share of the delta's energy (squared
             Frobenius norm) as a float below 1; "exact"; or "auto", which is "exact" where nothing
@@ -92,7 +94,7 @@ class HiMergeConfig(BaseModel):
     accept: Literal["always", "no_regression", "best"] = "best"
     partial_target: Literal["degrader", "degraded"] = "degrader"
     normalize: Literal["none", "gain"] = "none"
-    tolerance: float | str = 0.0
+    tolerance: float | str = "auto"
     metric: str | dict[str, str] | None = None
     rank: int | float | Literal["auto", "exact"] = "auto"
     max_export_drop: Annotated[float, Field(ge=0.0)] | None = 0.1
@@ -129,10 +131,11 @@ class HiMergeConfig(BaseModel):
     @classmethod
     def _tolerance(cls, value: float | str) -> float | str:
         if isinstance(value, str):
-            if not _SE.match(value):
-                raise ValueError("must be a number >= 0, or standard errors such as '2se'")
-        elif not 0.0 <= value < float("inf"):
-            raise ValueError("must be a number >= 0, or standard errors such as '2se'")
+            fine = value == "auto" or _SE.match(value) is not None
+        else:
+            fine = 0.0 <= value < float("inf")
+        if not fine:
+            raise ValueError("must be a number >= 0, standard errors such as '2se', or 'auto'")
         return value
 
     @field_validator("rank", mode="before")
@@ -189,16 +192,18 @@ class HiMergeConfig(BaseModel):
 
     def tolerance_of(self, se: float | None) -> float:
         """Return the magnitude up to which a difference with this standard error is noise."""
-        if isinstance(self.tolerance, str):
-            found = _SE.match(self.tolerance)
-            assert found is not None
-            if se is None:
-                raise ConfigError(
-                    f"tolerance={self.tolerance!r} needs per-example scores: let the eval "
-                    f"functions return a 1-D array of at least two values, or give a number."
-                )
-            return float(found.group(1)) * se
-        return self.tolerance
+        if not isinstance(self.tolerance, str):
+            return self.tolerance
+        if self.tolerance == "auto":
+            return 0.0 if se is None else se
+        found = _SE.match(self.tolerance)
+        assert found is not None
+        if se is None:
+            raise ConfigError(
+                f"tolerance={self.tolerance!r} needs per-example scores: let the eval functions "
+                f"return a 1-D array of at least two values, or give a number or 'auto'."
+            )
+        return float(found.group(1)) * se
 
     def metric_of(self, task: str) -> str | None:
         """Return the metric that is the score of `task`."""

@@ -48,7 +48,7 @@ ROWS, TEST = 6, 10
 SIZES = Options(rows=ROWS, test_rows=TEST, budget=8, batch_size=8, max_new_tokens=4)
 LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
 METRICS = ("accuracy", "calibrated_probability", "probability", "log_likelihood")
-NAMES = ("plain_sum", "ties", "knots_ties", "hi_careful", "hi_focused")
+NAMES = ("plain_sum", "ties", "knots_ties", "hi_paper", "hi_focused")
 
 
 def _choices(seed: int, count: int) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) ->
             max_export_drop=None,
         ),
     )
-    cell = json.loads((done / "merges" / "one+two" / "hi_careful.json").read_text())
+    cell = json.loads((done / "merges" / "one+two" / "hi_paper.json").read_text())
     assert cell["chosen"]["plan"] == found.plan.to_dict()
     assert cell["scores_computed"] == found.scores_computed
     model.set_adapter("merged")
@@ -259,7 +259,7 @@ def test_tables_hold_ranks_shares_and_all_settings(done: Path) -> None:
     assert row in text
     own = [line.values[line.name][0] for line in settings["one+two"] if line.name in ("one", "two")]
     assert f"| each adapter alone, on its own task | {sum(own) / 2:.3f} |" in text
-    assert "Hi-Merging, careful, LoRA of rank" in text
+    assert "Hi-Merging, as published, LoRA of rank" in text
 
 
 def test_share_kept_is_relative_to_each_adapter_alone(tmp_path: Path) -> None:
@@ -496,10 +496,10 @@ def test_script_exports_a_cells_plan_at_every_rank(
 ) -> None:
     folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
     out = tmp_path / "found.json"
-    more = [f"--cells={done}", "--contender=hi_careful", f"--test-rows={TEST}", f"--out={out}"]
+    more = [f"--cells={done}", "--contender=hi_paper", f"--test-rows={TEST}", f"--out={out}"]
     _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
     rows = json.loads(out.read_text())["settings"]["one+two"]
-    cell = json.loads((done / "merges" / "one+two" / "hi_careful.json").read_text())
+    cell = json.loads((done / "merges" / "one+two" / "hi_paper.json").read_text())
     assert [row["asked"] for row in rows] == [4, 8, 16, 32, 64, "exact"]
     errors = [row["export_error"] for row in rows]
     assert errors == sorted(errors, reverse=True)
@@ -629,7 +629,7 @@ def test_studies_say_what_the_scripts_found(
     out = {name: f"--out={tmp_path / name}.json" for name in ("stability", "surface", "ranks")}
     _run_script("stability.py", ["one", "two", *sizes, "--draws=2", out["stability"]], monkeypatch)
     _run_script("surface.py", ["one", *sizes, out["surface"]], monkeypatch)
-    more = [f"--cells={done}", "--contender=hi_careful", out["ranks"]]
+    more = [f"--cells={done}", "--contender=hi_paper", out["ranks"]]
     _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
     shutil.copytree(done, tmp_path / "guides" / "measure")
     text = studies(tmp_path)

@@ -18,7 +18,7 @@ def test_defaults_are_the_papers_reading_decided_by_the_merged_model() -> None:
     assert (config.layer_density, config.layer_scale) == (None, None)
     assert (config.prune_scope, config.reanalyze, config.accept) == ("model", "once", "best")
     assert (config.partial_target, config.normalize) == ("degrader", "none")
-    assert config.tolerance == 0.0
+    assert (config.tolerance, HiMergeConfig(variant="paper").tolerance) == ("auto", 0.0)
     assert config.searches()
 
 
@@ -130,8 +130,9 @@ def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         HiMergeConfig(tolerance="x", rank=0)
     assert str(caught.value) == (
-        "tolerance: must be a number >= 0, or standard errors such as '2se' (got 'x'); rank: must "
-        "be a whole number >= 1, a share of the energy between 0 and 1, 'exact' or 'auto' (got 0)."
+        "tolerance: must be a number >= 0, standard errors such as '2se', or 'auto' (got 'x'); "
+        "rank: must be a whole number >= 1, a share of the energy between 0 and 1, 'exact' or "
+        "'auto' (got 0)."
     )
     with pytest.raises(ConfigError, match=r"^density: [^;]+ \(got 2\.0\) or [^;]+ \(got 2\.0\)\.$"):
         HiMergeConfig(density=2.0)
@@ -161,6 +162,8 @@ def test_tolerance_in_standard_errors_multiplies_them() -> None:
     assert HiMergeConfig(tolerance=0.1).tolerance_of(None) == 0.1
     with pytest.raises(ConfigError, match="per-example"):
         HiMergeConfig(tolerance="2se").tolerance_of(None)
+    auto = HiMergeConfig(tolerance="auto")
+    assert (auto.tolerance_of(0.2), auto.tolerance_of(None)) == (0.2, 0.0)
 
 
 def test_metric_of_a_task_is_the_shared_one_its_own_or_none() -> None:

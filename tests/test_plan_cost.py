@@ -76,7 +76,7 @@ def test_the_analysis_costs_4l_plus_3_scores_per_task(n: int, n_layers: int) -> 
                 "search_budget": 7,
                 "search_target": "merged",
             },
-            2 * 7 * 3,
+            (2 * 7 + 6) * 3,
             6,
         ),
     ],

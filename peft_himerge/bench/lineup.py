@@ -90,11 +90,6 @@ LINEUP: tuple[Contender, ...] = (
     _row("regmean_tuned", "RegMean, weights tuned", "cat", (0.7, 1.0, 1.25, 1.5), focus=True),
     Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig(variant="paper")),
     Contender(
-        "hi_careful",
-        "Hi-Merging, careful",
-        hi=HiMergeConfig(variant="paper", search_target="merged", accept="no_regression"),
-    ),
-    Contender(
         "hi_joint",
         "Hi-Merging, joint (ours)",
         hi=HiMergeConfig(variant="joint"),
@@ -127,16 +122,26 @@ ABLATIONS: tuple[Contender, ...] = (
     _ablation("best", "edits by the best of several", accept="best"),
     _ablation("merged_search", "search on the merged model", search_target="merged"),
     _ablation(
-        "joint_one_se", "joint, gains above 1 standard error", variant="joint", tolerance="1se"
+        "careful",
+        "searched on the merged model, edits kept if the mean does not fall",
+        search_target="merged",
+        accept="no_regression",
     ),
+    _ablation("joint_every_gain", "joint, every gain counts", variant="joint", tolerance=0.0),
     _ablation(
         "joint_model", "joint, model-wise only", variant="joint", accept="always", tolerance=1e6
     ),
     _ablation("joint_layer", "joint, layer-wise only", variant="joint", density=1.0, scale=1.0),
     Contender(
-        "hi_focused_one_se",
-        "joint, focused, gains above 1 standard error",
-        hi=HiMergeConfig(variant="joint", density=1.0, tolerance="1se"),
+        "hi_focused_every_gain",
+        "joint, focused, every gain counts",
+        hi=HiMergeConfig(variant="joint", density=1.0, tolerance=0.0),
+        focus=True,
+    ),
+    Contender(
+        "hi_focused_model",
+        "joint, focused, model-wise only",
+        hi=HiMergeConfig(variant="joint", density=1.0, accept="always", tolerance=1e6),
         focus=True,
     ),
 )

@@ -48,6 +48,7 @@ class Options:
     Attributes:
         rows: validation rows per task that methods choose by.
         test_rows: test rows per task.
+        text_rows: test rows of a task that generates text; None is `test_rows`.
         budget: most scores on validation rows that a method of the registry may spend; Hi-Merging
             spends what its analysis takes, which is reported.
         guide: "smooth", "probability" or "measure"; see `tasks.load_tasks`.
@@ -65,6 +66,7 @@ class Options:
     max_new_tokens: int = 64
     dtype: str = "float32"
     seed: int = 0
+    text_rows: int | None = None
 
     def torch_dtype(self) -> torch.dtype:
         """Return the dtype.
@@ -120,6 +122,7 @@ def run_bench(
         tokenizer,
         rows=chosen.rows,
         test_rows=chosen.test_rows,
+        text_rows=chosen.text_rows,
         guide=chosen.guide,
         batch_size=chosen.batch_size,
         max_new_tokens=chosen.max_new_tokens,
