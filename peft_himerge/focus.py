@@ -31,7 +31,8 @@ from .methods.stack import Factored
 from .mixture import gather
 from .names import check_adapter_names, check_new_name
 from .probe import Probe, preserved
-from .request import Request, check_evidence, prepare
+from .request import Request, check_evidence, check_present, prepare
+from .scoring import EvalFn
 
 __all__ = ["focus_adapters"]
 
@@ -40,7 +41,7 @@ __all__ = ["focus_adapters"]
 def focus_adapters(
     model: PeftModel,
     adapters: Sequence[str],
-    inputs: Mapping[str, Iterable[Any]],
+    inputs: Mapping[str, Iterable[Any] | EvalFn],
     *,
     suffix: str = "_focused",
     **options: Any,
@@ -49,7 +50,7 @@ def focus_adapters(
 
     Merge these instead of the adapters themselves::
 
-        focused = focus_adapters(model, ["en", "zh"], {"en": en_batches, "zh": zh_batches})
+        focused = focus_adapters(model, ["en", "zh"], eval_fns)
         merge_adapters_hi(
             model, list(focused.values()), {focused[n]: fn for n, fn in eval_fns.items()}
         )
@@ -60,8 +61,9 @@ def focus_adapters(
         model: a PeftModel with the adapters loaded; comes back bit-identical but for the new
             adapters, which are frozen and not active.
         adapters: names of the adapters, at least one, each once.
-        inputs: adapter -> batches (dicts of tensors that the model takes) of its own task; no
-            labels are needed. A few dozen examples are enough.
+        inputs: adapter -> batches (dicts of tensors that the model takes) of its own task; or the
+            task's eval function, which is run once to see what it gives the model. No labels are
+            needed. A few dozen examples are enough.
         suffix: what the new names end with.
         options: RegMean's `off_diagonal`, `ridge` and `gram_gib`.
 
@@ -70,13 +72,14 @@ def focus_adapters(
 
     Raises:
         ConfigError: an argument is not allowed, or a name is taken; nothing was touched.
-        AdapterError: an adapter is not plain LoRA.
+        AdapterError: an adapter is not there, or not plain LoRA.
     """
     names = check_adapter_names(adapters)
     made = {name: f"{name}{suffix}" for name in names}
     taken = model.peft_config if isinstance(model, PeftModel) else ()
     for new in made.values():
         check_new_name(new, taken, f"call model.delete_adapter({new!r}) first, or give a suffix")
+    check_present(model, names)
     method = get_method("regmean")
     check_evidence(method, inputs=inputs)
     request = prepare(model, method, dict.fromkeys(names, 1.0), options=options, policy="error")

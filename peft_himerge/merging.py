@@ -94,8 +94,9 @@ def merge_adapters(
             better one per example); for methods whose `needs` is "scores". Further names are guard
             tasks: scored at the end and reported.
         metric: which entry of a dict of metrics is the score: one name, or one per task.
-        inputs: adapter -> batches of its task (dicts of tensors, as the model takes them); for
-            methods whose `needs` is "inputs" or "gradients".
+        inputs: adapter -> batches of its task (dicts of tensors, as the model takes them), or the
+            task's eval function, which is run once to see what it gives the model; for methods
+            whose `needs` is "inputs" or "gradients".
         **options: the method's own.
 
     Returns:

@@ -9,7 +9,8 @@ the multiples c (and whatever is computed from them), never a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from .errors import ConfigError
 from .factors import Kind, LoraFactors, working_dtype
 from .interrupts import heard
 from .probe import Probe, preserved
+from .recording import record
 
 __all__ = ["Evidence", "Mixture", "Watch", "chunk_of_row", "gather", "logits_of"]
 
@@ -132,6 +134,9 @@ class Mixture:
         self._now: dict[str, _Branch] = {}
         self._encoded: Tensor | None = None
         inner = model.base_model.model
+        self._head_is_free = "logits_to_keep" in inspect.signature(inner.forward).parameters and (
+            inner.get_output_embeddings() not in (None, *map(layers.get, self.bases))
+        )
         self.is_encoder_decoder = bool(
             getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
         )
@@ -207,15 +212,21 @@ class Mixture:
         channel = -1 - len(kernel)
         return branch.up(z.movedim(channel, -1)).movedim(-1, channel)
 
-    def run(self, batch: Batch, *, grad: bool = False) -> Any:
+    def run(self, batch: Batch, *, grad: bool = False, logits: bool = True) -> Any:
         """Call the model in the state that is shown.
 
         Args:
             batch: what it is called with; moved to the model's device.
             grad: True to keep what a gradient needs.
+            logits: False if nobody reads the logits; then those of one position do, where the model
+                can leave the others out: they are its largest tensor, and its largest product.
         """
         device = next(self._model.parameters()).device
-        placed = {k: v if device.type == "meta" else v.to(device) for k, v in batch.items()}
+        placed: dict[str, Any] = {
+            k: v if device.type == "meta" else v.to(device) for k, v in batch.items()
+        }
+        if not logits and self._head_is_free:
+            placed["logits_to_keep"] = 1
         with torch.set_grad_enabled(grad), heard():
             return self._model(**placed)
 
@@ -312,9 +323,9 @@ def gather(
     """Check what the user gave to learn from; return what makes it evidence, None for nothing.
 
     Args:
-        model: the user's model; only its signature is read.
+        model: the user's model; it runs only for eval functions among the inputs.
         names: the adapters.
-        inputs: adapter -> batches, or None.
+        inputs: adapter -> batches, or the task's eval function; or None.
         carried: what the adapters hold beside their factors.
         seed: the user's seed.
 
@@ -329,5 +340,11 @@ def gather(
             f"methods that learn from inputs run the model with the adapters' deltas alone, but "
             f"these adapters also have {', '.join(carried)}. Choose a method that needs nothing."
         )
+    if isinstance(inputs, Mapping):
+        inputs = {n: record(model, n, one) if _is_eval(one) else one for n, one in inputs.items()}
     batches = read_batches(model.base_model.model, names, inputs)
     return lambda probe: Evidence(model, probe.combiner, batches, seed)
+
+
+def _is_eval(given: Any) -> bool:
+    return callable(given) and not isinstance(given, (Iterable, type))

@@ -29,6 +29,7 @@ __all__ = [
     "check_names",
     "check_pad",
     "check_post",
+    "check_present",
     "check_rank",
     "check_weights",
     "prepare",
@@ -184,10 +185,20 @@ def check_names(
     known = getattr(model, "peft_config", {})
     remedy = "pass overwrite=True to replace it"
     check_new_name(adapter_name, () if overwrite else known, remedy)
+    check_present(model, names)
+    return names
+
+
+def check_present(model: Any, names: Sequence[str]) -> None:
+    """Refuse names of adapters that the model does not hold.
+
+    Raises:
+        AdapterError: one is not there.
+    """
+    known = getattr(model, "peft_config", {})
     for name in names:
         if known and name not in known:
             raise AdapterError(f"Adapter {name} does not exist.{suggest(name, known)}")
-    return names
 
 
 def check_weights(

@@ -70,10 +70,15 @@ ROOMS: dict[str, set[str]] = {
     "reached": {"adapters"},
     "focus": {
         *("combine", "export", "interrupts", "lowrank", "methods", "mixture", "names", "probe"),
+        "scoring",
         "request",
     },
     # floor 5: what stands on those
-    "mixture": {"adapters", "batches", "combine", "errors", "factors", "interrupts", "probe"},
+    "recording": {"errors", "interrupts", "probe"},
+    "mixture": {
+        *("adapters", "batches", "combine", "errors", "factors", "interrupts", "probe"),
+        "recording",
+    },
     "progress": {"events"},
     "tables": {"report", "result"},
     "geometry": {"combine", "factors", "layers", "lowrank", "threads"},
@@ -243,7 +248,8 @@ MODELS = {
     *("adapters", "callback", "export", "folders", "guests", "hi", "identity", "ledger", "probe"),
     *("keeping", "vetting"),
     *("byhi", "carried", "densify", "merged", "merging", "mixture", "offline", "overwrite"),
-    *("focus", "reached", "recipe", "request", "result", "rounds", "sweep", "training", "weighted"),
+    *("focus", "reached", "recipe", "recording", "request", "result", "rounds", "sweep"),
+    *("training", "weighted"),
 }
 # Third party -> the rooms that may import it. Everything else is the standard library.
 DOORS: dict[str, set[str]] = {

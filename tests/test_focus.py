@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from snapshot import moved, snapshot
 from test_methods_inputs import TRIO, Inputs, dense_of, inputs_of, token_rows
-from tiny import eval_fns, peft_model
+from tiny import eval_fns, peft_model, tiny_model
 from torch import Tensor, nn
 
 from peft_himerge import HiMergeConfig, focus_adapters, merge_adapters, merge_adapters_hi
@@ -16,6 +17,7 @@ from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
 from peft_himerge.errors import AdapterError, ConfigError
 from peft_himerge.plan import IDENTITY
+from peft_himerge.recording import record
 
 OFF, RIDGE = 0.8, 1e-4
 
@@ -137,3 +139,84 @@ def test_a_failure_on_the_way_takes_all_new_adapters_out(monkeypatch: pytest.Mon
         focus_adapters(model, names, inputs_of("llama", names))
     assert len(calls) == 2
     assert moved(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_eval_functions_serve_as_inputs(kind: str) -> None:
+    model, other = peft_model(kind, 3), peft_model(kind, 3)
+    focus_adapters(model, TRIO, inputs_of(kind, TRIO, per=6))
+    before = snapshot(other)
+    focus_adapters(other, TRIO, eval_fns(kind, TRIO, 6))
+    assert foreign(moved(before, snapshot(other))) == []
+    for name in TRIO:
+        one, two = dense(model, f"{name}_focused"), dense(other, f"{name}_focused")
+        assert all(torch.equal(one[module], two[module]) for module in one)
+
+
+def test_an_eval_function_is_overheard_however_it_calls_the_model() -> None:
+    model = peft_model("llama", 1)
+    inner = model.get_base_model()
+    ids = torch.tensor([[0, 5, 6, 7], [3, 4, 8, 9]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+
+    def fn(tried: Any) -> float:
+        tried(input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([2, 3]))
+        tried.get_base_model()(ids, mask, labels=ids)
+        told = {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0}
+        tried.generate(**told, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        return 0.0
+
+    before = snapshot(model)
+    plain, labelled, prompts = record(model, "x", fn)
+    assert moved(before, snapshot(model)) == []
+    assert "forward" not in vars(inner)
+    assert set(plain) == {"input_ids", "attention_mask"}
+    assert set(labelled) == {"input_ids", "attention_mask", "labels"}
+    for batch in (plain, labelled, prompts):
+        assert torch.equal(batch["input_ids"], ids)
+        assert torch.equal(batch["attention_mask"], mask)
+
+
+def test_what_is_overheard_comes_in_small_batches_and_is_a_copy() -> None:
+    model = peft_model("llama", 1)
+    ids = torch.arange(70 * 3).reshape(70, 3) % 50
+
+    def fn(tried: Any) -> float:
+        mine = ids.clone()
+        tried(input_ids=mine)
+        mine.zero_()
+        return 0.0
+
+    found = [batch["input_ids"] for batch in record(model, "x", fn)]
+    assert [len(batch) for batch in found] == [32, 32, 6]
+    assert torch.equal(torch.cat(found), ids)
+
+
+def test_a_function_that_shows_the_model_nothing_is_refused() -> None:
+    model = peft_model("llama", 3)
+    before = snapshot(model)
+    fns = {name: lambda tried: 1.0 for name in TRIO[:2]}
+    with pytest.raises(ConfigError, match=r"inputs\['.*'\] is a function that never called"):
+        focus_adapters(model, TRIO[:2], fns)
+
+    def broken(tried: Any) -> float:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        focus_adapters(model, TRIO[:2], {name: broken for name in TRIO[:2]})
+    with pytest.raises(AdapterError, match="Adapter nobody does not exist"):
+        focus_adapters(model, ["nobody"], {"nobody": fns[TRIO[0]]})
+    assert moved(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_logits_that_nobody_reads_are_left_out_unless_the_head_is_adapted(adapted: bool) -> None:
+    model = tiny_model("llama")
+    targets = ["q_proj", *(["lm_head"] if adapted else [])]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    peft = get_peft_model(model, config, "en")
+    seen: list[int] = []
+    inner = peft.get_base_model()
+    inner.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+    focus_adapters(peft, ["en"], {"en": [{"input_ids": torch.tensor([[1, 2, 3, 4, 5]])}]})
+    assert set(seen) == ({5} if adapted else {1})

@@ -313,13 +313,7 @@ class _Bench:
             "test_exported": _rows(exported),
             "validation": _rows({name: merged[new] for name, new in adapters.items()}),
             "chosen": {
-                "adapters": {
-                    name: {
-                        "density": found.plan.adapters[new].density,
-                        "scale": found.plan.adapters[new].scale,
-                    }
-                    for name, new in adapters.items()
-                },
+                "adapters": {n: asdict(found.plan.adapters[new]) for n, new in adapters.items()},
                 "layers_edited": len(edits),
                 "plan": found.plan.to_dict(),
             },

@@ -159,7 +159,7 @@ def shared_inputs(
 
     mixture.solo(mixture.names[0])
     mixture.watch = look
-    mixture.run(next(evidence.batches.singles(mixture.names[0])))
+    mixture.run(next(evidence.batches.singles(mixture.names[0])), logits=False)
     mixture.watch = None
     groups: dict[object, list[Stack]] = {}
     for stack in stacks:
@@ -191,7 +191,7 @@ def _measured(
         mixture.solo(name)
         for batch in evidence.batches.of[name]:
             mixture.watch = _taking(mixture, groups, batch)
-            mixture.run(batch)
+            mixture.run(batch, logits=False)
         mixture.watch = None
         for module, group in groups.items():
             if not bool(torch.isfinite(group.gram).all()):
