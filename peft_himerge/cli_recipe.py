@@ -147,14 +147,15 @@ def plan_recipe(
     Raises:
         RecipeError: it cannot be run.
     """
+    from .recipe.tasks import hi_config
+
     examined = _examined(path, overrides, evals, include_path)
     recipe, screen = examined.recipe, Console()
     _warn(Console(stderr=True), examined)
     if examined.cost is not None:
         print_cost(screen, examined.cost)
-        if recipe.focus:
-            rows = sum(len(made.rows) for made in examined.inputs.values())
-            screen.print(f"focus: it runs the model on {rows} rows before")
+        if hi_config(recipe).focus:
+            screen.print("focus: it runs the model on each adapter's rows twice before")
     elif examined.inputs:
         rows = sum(len(made.rows) for made in examined.inputs.values())
         screen.print(
@@ -240,7 +241,7 @@ def sweep_recipe(
             f"a sweep needs scores, but no validation data decides the merge of {str(path)!r}."
         )
     begun = start(examined)
-    return dict(begun.options), begun.model, begun.sources(recipe.folders), begun.eval_fns
+    return dict(begun.options), begun.model, recipe.folders, begun.eval_fns
 
 
 def validate(

@@ -128,7 +128,8 @@ class Combiner:
             if name in self.adapters and self.adapters[name].digest() != digest:
                 raise PlanError(
                     f"the weights of adapter {name!r} are not those the plan was made for "
-                    f"(digest {digest[:12]}…). Use the original adapter, or drop 'sources' from "
+                    f"(digest {digest[:12]}…). Use the original adapter (for a merge of focused "
+                    f"ones those in the folder 'focused' beside the plan), or drop 'sources' from "
                     f"the plan to apply it all the same."
                 )
 

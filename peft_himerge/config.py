@@ -18,6 +18,10 @@ Scale = Annotated[float, Field(ge=0.0, le=MOST_SCALE, allow_inf_nan=False)]
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "paper": {"search_target": "own", "accept": "always", "tolerance": 0.0},
     "joint": {"search_target": "merged", "accept": "best", "tolerance": "auto"},
+    "focused": {
+        **{"search_target": "merged", "accept": "best", "tolerance": "auto"},
+        **{"focus": True, "density": 1.0},
+    },
 }
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
 
@@ -29,7 +33,12 @@ class HiMergeConfig(BaseModel):
         variant: where `search_target`, `accept` and `tolerance` come from if they are not given:
             "joint" (ours, default) decides everything by the mean score of the merged model:
             densities and scales, and then, layer by layer, what repairs it beyond the noise;
-            "paper" is Hi-Merging as published.
+            "focused" (ours) does so with focused adapters, which it prunes no further (`focus`,
+            `density`); "paper" is Hi-Merging as published.
+        focus: merge, in place of each adapter, the part of it that acts on its own task's inputs
+            (`focus_adapters`): what the adapter's eval function gives the model, once, before the
+            merge. The result is far better where adapters hurt each other. What was merged is
+            written to the folder `focused` beside the result, and the plan is one for those.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
         scale: factor s on what was kept, in [0, 10,000]: one number, one per adapter, or "search".
@@ -81,7 +90,8 @@ class HiMergeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    variant: Literal["paper", "joint"] = "joint"
+    variant: Literal["paper", "joint", "focused"] = "joint"
+    focus: Annotated[bool, Field(strict=True)] = False
     density: Density | dict[str, Density] | Literal["search"] = "search"
     scale: Scale | dict[str, Scale] | Literal["search"] = "search"
     layer_density: Density | None = None

@@ -17,13 +17,17 @@ Hi-Merging, is ours. Labels are not looked at.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import pad
 
 from . import export
 from .combine import Combiner
+from .factors import Adapter, LoraFactors
 from .interrupts import heard, held
 from .lowrank import LowRank, low_rank_of_product
 from .methods.registry import get_method
@@ -34,7 +38,15 @@ from .probe import Probe, preserved
 from .request import Request, check_evidence, check_present, prepare
 from .scoring import EvalFn
 
-__all__ = ["focus_adapters"]
+__all__ = [
+    *("Parts", "focus_adapters", "focused_parts", "recalled", "refocused", "remember"),
+    "write_focused",
+]
+
+Parts = Mapping[str, LowRank]
+"""Module -> an adapter's own part of RegMean's solution."""
+
+_LATEST: WeakKeyDictionary[PeftModel, dict[str, Adapter]] = WeakKeyDictionary()
 
 
 @held()
@@ -79,16 +91,8 @@ def focus_adapters(
     taken = model.peft_config if isinstance(model, PeftModel) else ()
     for new in made.values():
         check_new_name(new, taken, f"call model.delete_adapter({new!r}) first, or give a suffix")
-    check_present(model, names)
-    method = get_method("regmean")
-    check_evidence(method, inputs=inputs)
-    request = prepare(model, method, dict.fromkeys(names, 1.0), options=options, policy="error")
-    evidence = gather(model, names, inputs, request.carried.settings, 0)
-    assert evidence is not None
+    request, parts = _measured(model, names, inputs, options)
     with preserved(model), torch.no_grad():
-        request = request.fit(evidence(Probe(model, Combiner(request.adapters))))
-        with heard():
-            parts = _apart(request)
         added: list[str] = []
         try:
             for adapter in request.adapters:
@@ -100,6 +104,95 @@ def focus_adapters(
                 export.remove_adapter(model, new)
             raise
     return made
+
+
+def focused_parts(
+    model: PeftModel, names: Sequence[str], inputs: Mapping[str, Iterable[Any] | EvalFn]
+) -> dict[str, dict[str, LowRank]]:
+    """Return adapter -> its focused factors, on the CPU, and add nothing to the model.
+
+    Args:
+        model: as for `focus_adapters`; comes back as it was.
+        names: the adapters.
+        inputs: as for `focus_adapters`.
+
+    Raises:
+        ConfigError, AdapterError: as `focus_adapters`.
+    """
+    _, parts = _measured(model, names, inputs, {})
+    return {
+        name: {m: LowRank(p.b.cpu(), p.a.cpu(), p.error, p.norm) for m, p in own.items()}
+        for name, own in parts.items()
+    }
+
+
+def refocused(source: Adapter, parts: Parts) -> Adapter:
+    """Return the adapter with focused factors in place of its own, as they would be stored."""
+    rank = max([1, *(part.rank for part in parts.values())])
+    factors = {}
+    for module, part in parts.items():
+        own = source.factors[module]
+        dtype = torch.promote_types(own.a.dtype, own.b.dtype)
+        a, b = (x.to(own.a.device, dtype) for x in (part.a, part.b))
+        b, a = pad(b, (0, rank - part.rank)), pad(a, (0, 0, 0, rank - part.rank))
+        # In the layout that they are read back in, since products depend on it in the last bit.
+        factors[module] = LoraFactors(a.contiguous(), b.contiguous(), 1.0, own.kind, own.kernel)
+    return Adapter(source.name, factors, source.base, source.settings)
+
+
+def remember(model: PeftModel, adapters: Sequence[Adapter]) -> None:
+    """Keep focused adapters as long as the model lives, the latest of each name."""
+    _LATEST.setdefault(model, {}).update({adapter.name: adapter for adapter in adapters})
+
+
+def recalled(
+    model: PeftModel, read: Sequence[Adapter], sources: Mapping[str, str]
+) -> list[Adapter]:
+    """Return each adapter, or the focused one of its name whose digest is the one asked for.
+
+    Args:
+        model: holds the adapters.
+        read: what it holds.
+        sources: adapter -> digest, as plans tell them.
+    """
+    kept = _LATEST.get(model, {})
+    focused = {n: a for n, a in kept.items() if n in sources and a.digest() == sources[n]}
+    return [focused.get(adapter.name, adapter) for adapter in read]
+
+
+def write_focused(model: PeftModel, adapter: Adapter, folder: Path) -> None:
+    """Write a `refocused` adapter to an empty folder in PEFT's layout, bit by bit.
+
+    PEFT writes what a model holds, so it is in the model for the while, inactive.
+    """
+    parts = {m: LowRank(f.b, f.a, 0.0, 0.0) for m, f in adapter.factors.items()}
+    name = next(n for n in map("focused_{}".format, range(1 << 30)) if n not in model.peft_config)
+    with preserved(model):
+        try:
+            export.add_adapter(model, name, Combiner([adapter]), parts)
+            export.write_adapter(model, name, folder)
+        finally:
+            export.remove_adapter(model, name)
+
+
+def _measured(
+    model: PeftModel,
+    names: Sequence[str],
+    inputs: Mapping[str, Iterable[Any] | EvalFn],
+    options: Mapping[str, Any],
+) -> tuple[Request, dict[str, dict[str, LowRank]]]:
+    """Run the model on the inputs and take RegMean's solution apart."""
+    check_present(model, names)
+    method = get_method("regmean")
+    check_evidence(method, inputs=inputs)
+    weights = dict.fromkeys(names, 1.0)
+    request = prepare(model, method, weights, options=dict(options), policy="error")
+    evidence = gather(model, names, inputs, request.carried.settings, 0)
+    assert evidence is not None
+    with preserved(model), torch.no_grad():
+        request = request.fit(evidence(Probe(model, Combiner(request.adapters))))
+        with heard():
+            return request, _apart(request)
 
 
 def _apart(request: Request) -> dict[str, dict[str, LowRank]]:

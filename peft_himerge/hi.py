@@ -18,6 +18,7 @@ from .engine import Engine
 from .errors import ConfigError, HiMergeError, JournalError
 from .events import Listener, MergeFinished
 from .factors import Adapter
+from .focus import focused_parts, recalled, refocused, remember
 from .identity import base_digest
 from .interrupts import heard, held
 from .ledger import Ledger, open_ledger
@@ -99,8 +100,7 @@ def merge_adapters_hi(
         names = _check_names(adapters, eval_fns)
         config.check_names(names, list(eval_fns))
         check_search(config)
-        read = read_adapters(model, names)
-        common_base(read)
+        read = _read(team, model, names, eval_fns if config.focus else None)
         listeners = tuple(callbacks) if team.main else ()
         run = Run(Combiner(read), _tasks(read, eval_fns, config), config, listeners)
         probe = _probe(model, run.combiner, config)
@@ -132,6 +132,23 @@ def merge_adapters_hi(
         result = _result(model, adapter_name, run, parts, rank, engine.done, start, blocks)
         run.emit(MergeFinished(result.plan, result.scores))
     return result
+
+
+def _read(
+    team: Team, model: PeftModel, names: list[str], shown: Mapping[str, EvalFn] | None
+) -> list[Adapter]:
+    """Return the adapters, focused on what `shown` gives the model, alike on every process."""
+    read = read_adapters(model, names)
+    common_base(read)
+    if shown is None:
+        return read
+    inputs = {name: shown[name] for name in names}
+    parts = focused_parts(model, list(inputs), inputs) if team.main else None
+    parts = team.first("the focused adapters", None, parts)
+    assert parts is not None
+    found = [refocused(adapter, parts[adapter.name]) for adapter in read]
+    remember(model, found)
+    return found
 
 
 def _probe(model: PeftModel, combiner: Combiner, config: HiMergeConfig) -> Probe:
@@ -171,7 +188,9 @@ def apply_plan(
 
     Args:
         model: a PeftModel that holds the adapters the plan names, with the same weights.
-        plan: from `MergeResult.plan`, `MergePlan.from_json`, or made by hand.
+        plan: from `MergeResult.plan`, `MergePlan.from_json`, or made by hand. One of focused
+            adapters needs those: of the latest such merge of this very model they are at hand,
+            later load them from the folder `focused` that was saved with it.
         adapter_name: name of the new adapter; must be free.
         rank: see `HiMergeConfig.rank`.
 
@@ -188,7 +207,8 @@ def apply_plan(
         raise ConfigError("the plan merges no adapter: it is the base model's.")
     _check_free(model, adapter_name)
     names = _check_names(list(plan.adapters), None)
-    run = Run(Combiner(read_adapters(model, names)), {}, config, ())
+    read = recalled(model, read_adapters(model, names), plan.sources)
+    run = Run(Combiner(read), {}, config, ())
     run.combiner.check(plan)
     run.plan = plan
     with preserved(model):
@@ -213,7 +233,7 @@ def score_plans(
 
     Args:
         model: a PeftModel that holds the adapters.
-        adapters: names of all adapters that the plans merge.
+        adapters: names of all adapters that the plans merge; for focused ones see `apply_plan`.
         plans: any name -> plan.
         eval_fns: task -> function of the model; tasks need not be adapters here.
         config: metric, strategy and prefix_cache_gb are read.
@@ -229,7 +249,8 @@ def score_plans(
     config = config or HiMergeConfig()
     names = _check_names(adapters, None)
     config.check_names(names, list(eval_fns))
-    combiner = Combiner(read_adapters(model, names))
+    sources = {name: digest for plan in plans.values() for name, digest in plan.sources.items()}
+    combiner = Combiner(recalled(model, read_adapters(model, names), sources))
     for plan in plans.values():
         combiner.check(plan)
     tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}

@@ -153,6 +153,11 @@ def _check_arguments(
     if target.exists() and not target.is_dir():
         raise ConfigError(f"out {str(target)!r} is a file; give a folder.")
     if plan is None:
+        if config is not None and config.focus:
+            raise ConfigError(
+                "without eval functions nothing shows what to focus the adapters on: choose "
+                "variant='joint', or merge with the base model."
+            )
         if config is None or config.searches():
             raise ConfigError(
                 "without eval functions nothing can be searched: give density and scale as "

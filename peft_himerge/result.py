@@ -22,6 +22,7 @@ from .combine import Combiner
 from .conflict import Resolution
 from .contribution import Contributions
 from .errors import AdapterError, suggest
+from .focus import write_focused
 from .outputs import publishing
 from .page import HOW_TO_GET_IT, available, parse_report, render_page
 from .plan import MergePlan
@@ -29,6 +30,7 @@ from .scoring import Score
 from .search import Trial
 
 __all__ = [
+    "FOCUSED",
     "MergeResult",
     "ModuleError",
     "deltas_of",
@@ -38,6 +40,9 @@ __all__ = [
     "save_reports",
     "versions",
 ]
+
+FOCUSED = "focused"
+"""Folder beside a merge with the focused adapters that it merged."""
 
 _LOG = logging.getLogger("peft_himerge.result")
 
@@ -152,9 +157,11 @@ class MergeResult:
     ) -> Path:
         """Write the merged adapter in PEFT's layout, plan.json, report.json, report.md, README.md.
 
-        Also report.html, a page of about 5 MB that opens from disk without a network. The report
-        holds norms, cosines, signs and singular values of the deltas, which takes well under a
-        second for a model of 0.3 billion parameters and some seconds for one of 7 billion.
+        If the adapters were focused, those that were merged go to the folder `focused` inside, one
+        folder each: the plan is for them. Also report.html, a page of about 5 MB that opens from
+        disk without a network. The report holds norms, cosines, signs and singular values of the
+        deltas, which takes well under a second for a model of 0.3 billion parameters and some
+        seconds for one of 7 billion.
 
         Args:
             folder: created if it is not there; files of these names are replaced, all or none.
@@ -173,6 +180,10 @@ class MergeResult:
         shown = deltas_of(self.model, self.adapter_name, self._unchanged)
         facts = self.to_dict() | {"geometry": shown}
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
+        if self.options.get("focus"):
+            for name, adapter in self._unchanged().adapters.items():
+                with publishing(Path(folder) / FOCUSED / name) as new:
+                    write_focused(self.model, adapter, new)
         with publishing(folder) as new:
             files.write_text(new / "plan.json", self.plan.to_json())
             save_reports(new, facts, page=page)

@@ -70,7 +70,7 @@ ROOMS: dict[str, set[str]] = {
     "reached": {"adapters"},
     "focus": {
         *("combine", "export", "interrupts", "lowrank", "methods", "mixture", "names", "probe"),
-        "scoring",
+        *("factors", "scoring"),
         "request",
     },
     # floor 5: what stands on those
@@ -97,7 +97,7 @@ ROOMS: dict[str, set[str]] = {
     "result": {
         *("adapters", "card", "checkpoint", "files", "geometry", "page"),
         *("combine", "conflict", "contribution", "cost", "errors", "export", "plan", "report"),
-        *("outputs", "scoring", "search"),
+        *("focus", "outputs", "scoring", "search"),
     },
     # floor 7: the one loop, which asks all rooms below but the built-in eval functions
     "run": {
@@ -105,7 +105,7 @@ ROOMS: dict[str, set[str]] = {
         *("interrupts", "plan", "scoring", "search"),
     },
     "hi": {
-        *("interrupts", "names", "reached", "run"),
+        *("focus", "interrupts", "names", "reached", "run"),
         *("adapters", "combine", "config", "conflict", "contribution", "cost", "engine"),
         *("errors", "events", "export", "factors", "identity", "journal", "layers", "ledger"),
         *("lowrank", "plan", "probe", "processes", "randomness", "result", "scoring", "search"),

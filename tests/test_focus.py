@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,20 @@ from test_methods_inputs import TRIO, Inputs, dense_of, inputs_of, token_rows
 from tiny import eval_fns, peft_model, tiny_model
 from torch import Tensor, nn
 
-from peft_himerge import HiMergeConfig, focus_adapters, merge_adapters, merge_adapters_hi
+from peft_himerge import (
+    HiMergeConfig,
+    MergePlan,
+    apply_plan,
+    export,
+    focus_adapters,
+    merge_adapters,
+    merge_adapters_hi,
+    merge_folders,
+    score_plans,
+)
 from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
-from peft_himerge.errors import AdapterError, ConfigError
+from peft_himerge.errors import AdapterError, ConfigError, PlanError
 from peft_himerge.plan import IDENTITY
 from peft_himerge.recording import record
 
@@ -220,3 +231,96 @@ def test_logits_that_nobody_reads_are_left_out_unless_the_head_is_adapted(adapte
     inner.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
     focus_adapters(peft, ["en"], {"en": [{"input_ids": torch.tensor([[1, 2, 3, 4, 5]])}]})
     assert set(seen) == ({5} if adapted else {1})
+
+
+OPTIONS: dict[str, Any] = {"scale": {name: 0.5 + 0.25 * i for i, name in enumerate(TRIO)}}
+OPTIONS |= {"density": dict.fromkeys(TRIO, 1.0), "max_export_drop": None}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> None:
+    model, other = peft_model(kind, 3), peft_model(kind, 3)
+    fns = eval_fns(kind, TRIO, 6)
+    before = snapshot(model)
+    config = HiMergeConfig(variant="focused", **OPTIONS)
+    result = merge_adapters_hi(model, TRIO, fns, config=config)
+    assert moved(before, snapshot(model, but="merged")) == []
+    assert set(result.plan.adapters) == set(result.scores["merged"]) == set(TRIO)
+
+    made = focus_adapters(other, TRIO, fns)
+    named = {
+        key: {made[name]: one for name, one in value.items()} if isinstance(value, dict) else value
+        for key, value in OPTIONS.items()
+    }
+    want = merge_adapters_hi(
+        other,
+        list(made.values()),
+        {made[name]: fn for name, fn in fns.items()},
+        config=HiMergeConfig(variant="joint", **named),
+    )
+    assert result.states["merged"].keys() == {name for name in made}
+    for state, row in want.scores.items():
+        mine = result.scores[state.removesuffix("_focused")]
+        assert {made[task]: value for task, value in mine.items()} == row
+    for module in (m.module for m in want.modules):
+        assert torch.equal(result.delta(module), want.delta(module))
+
+    # The plan is replayed on this model, and in another one from the folders beside it.
+    again = apply_plan(model, result.plan, adapter_name="again")
+    scored = score_plans(model, TRIO, {"it": result.plan}, fns)
+    assert {t: s.value for t, s in scored["it"].items()} == result.scores["merged"]
+    saved = snapshot(model)
+    result.save(tmp_path / "out", page=False)
+    assert moved(saved, snapshot(model)) == []
+    fresh = peft_model(kind, 3)
+    with pytest.raises(PlanError, match="folder 'focused' beside the plan"):
+        apply_plan(fresh, result.plan)
+    for name in TRIO:
+        export.remove_adapter(fresh, name)
+        fresh.load_adapter(str(tmp_path / "out" / "focused" / name), name)
+    later = apply_plan(fresh, MergePlan.from_json(tmp_path / "out" / "plan.json"))
+    merged = merge_folders(
+        {name: tmp_path / "out" / "focused" / name for name in TRIO},
+        tmp_path / "offline",
+        plan=result.plan,
+    )
+    assert merged.rank == later.rank
+    for module in (m.module for m in want.modules):
+        assert torch.equal(again.delta(module), result.delta(module))
+        assert torch.equal(later.delta(module), result.delta(module))
+
+
+def test_focusing_is_the_same_however_often_it_is_done() -> None:
+    model, config = peft_model("llama", 3), HiMergeConfig(variant="focused", **OPTIONS)
+    one = merge_adapters_hi(model, TRIO, eval_fns("llama", TRIO, 6), config=config)
+    two = merge_adapters_hi(
+        model, TRIO, eval_fns("llama", TRIO, 6), config=config, adapter_name="two"
+    )
+    assert one.plan == two.plan
+    other = merge_adapters_hi(
+        model, TRIO, eval_fns("llama", TRIO, 5), config=config, adapter_name="other"
+    )
+    assert other.plan.sources != two.plan.sources
+    with pytest.raises(PlanError, match="are not those the plan was made for"):
+        apply_plan(model, two.plan, adapter_name="late")
+
+
+def test_without_a_look_at_inputs_nothing_is_focused(tmp_path: Path) -> None:
+    model = peft_model("llama", 3)
+    before = snapshot(model)
+    config = HiMergeConfig(variant="focused", scale=1.0)
+    with pytest.raises(ConfigError, match="never called the model"):
+        merge_adapters_hi(model, TRIO, {n: lambda tried: 1.0 for n in TRIO}, config=config)
+    assert moved(before, snapshot(model)) == []
+    folders = {}
+    for name in TRIO:
+        export.write_adapter(model, name, make(tmp_path / name))
+        folders[name] = tmp_path / name
+    with pytest.raises(ConfigError, match="nothing shows what to focus"):
+        merge_folders(folders, tmp_path / "out", config=config)
+    assert not (tmp_path / "out").exists()
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -34,7 +34,7 @@ class Contender:
         space: where the method runs.
         hi: Hi-Merging's options, for its variants.
         most: the most adapters it can merge.
-        focus: it merges focused adapters (`focus_adapters`, on the validation prompts) instead.
+        focus: a method of the registry merges focused adapters (`focus_adapters`) instead.
     """
 
     name: str
@@ -96,9 +96,8 @@ LINEUP: tuple[Contender, ...] = (
     ),
     Contender(
         "hi_focused",
-        "Hi-Merging, joint, focused (ours)",
-        hi=HiMergeConfig(variant="joint", density=1.0),
-        focus=True,
+        "Hi-Merging, focused (ours)",
+        hi=HiMergeConfig(variant="focused"),
     ),
 )
 
@@ -132,18 +131,15 @@ ABLATIONS: tuple[Contender, ...] = (
         "joint_model", "joint, model-wise only", variant="joint", accept="always", tolerance=1e6
     ),
     _ablation("joint_layer", "joint, layer-wise only", variant="joint", density=1.0, scale=1.0),
-    Contender(
-        "hi_focused_every_gain",
-        "joint, focused, every gain counts",
-        hi=HiMergeConfig(variant="joint", density=1.0, tolerance=0.0),
-        focus=True,
+    _ablation("focused_every_gain", "focused, every gain counts", variant="focused", tolerance=0.0),
+    _ablation(
+        "focused_model",
+        "focused, model-wise only",
+        variant="focused",
+        accept="always",
+        tolerance=1e6,
     ),
-    Contender(
-        "hi_focused_model",
-        "joint, focused, model-wise only",
-        hi=HiMergeConfig(variant="joint", density=1.0, accept="always", tolerance=1e6),
-        focus=True,
-    ),
+    _ablation("focused_pruned", "focused, density searched", variant="focused", density="search"),
 )
 """Hi-Merging with one option changed; run only if they are named, and ranked with nobody."""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -238,26 +237,17 @@ class _Bench:
             partial(self._hi if contender.hi else self._method, names, contender),
         )
 
-    @contextmanager
-    def _taking_part(
-        self, names: tuple[str, ...], contender: Contender
-    ) -> Iterator[dict[str, str]]:
-        """Yield task -> adapter that is merged: its own, or for a while one that is focused."""
+    def _method(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
+        """Let a method choose its weights and options within the budget."""
         if not contender.focus:
-            yield {name: name for name in names}
-            return
-        made = focus_adapters(self.model, names, {n: self.tasks[n].inputs for n in names})
+            return self._searched({name: name for name in names}, contender)
+        made = focus_adapters(self.model, names, {n: self.tasks[n].validation for n in names})
         try:
-            yield made
+            return self._searched(made, contender)
         finally:
             with preserved(self.model):
                 for name in made.values():
                     self.model.delete_adapter(name)
-
-    def _method(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
-        """Let a method choose its weights and options within the budget."""
-        with self._taking_part(names, contender) as adapters:
-            return self._searched(adapters, contender)
 
     def _searched(self, adapters: Mapping[str, str], contender: Contender) -> dict[str, Any]:
         request = prepare(
@@ -290,30 +280,26 @@ class _Bench:
 
     def _hi(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
         """Run a variant of Hi-Merging; the exact result is judged, and the exported adapter."""
-        with self._taking_part(names, contender) as adapters:
-            return self._hi_merged(adapters, contender)
-
-    def _hi_merged(self, adapters: Mapping[str, str], contender: Contender) -> dict[str, Any]:
         assert contender.hi is not None
-        guides = {new: self.tasks[name].guide for name, new in adapters.items()}
+        guides = {name: self.tasks[name].guide for name in names}
         config = contender.hi.model_copy(update={"metric": guides, "max_export_drop": None})
         found = merge_adapters_hi(
             self.model,
-            list(adapters.values()),
-            {new: self.tasks[name].validation for name, new in adapters.items()},
+            list(names),
+            {name: self.tasks[name].validation for name in names},
             adapter_name=_EXPORTED,
             config=config,
             journal=self.cells.parent / "journal",
         )
-        exact, exported = self._judged(adapters, found.plan)
+        exact, exported = self._judged(names, found.plan)
         merged = found.states["merged"]
         edits = [c for c in found.conflicts if c.edits and c.accepted]
         return {
             "test": _rows(exact),
             "test_exported": _rows(exported),
-            "validation": _rows({name: merged[new] for name, new in adapters.items()}),
+            "validation": _rows({name: merged[name] for name in names}),
             "chosen": {
-                "adapters": {n: asdict(found.plan.adapters[new]) for n, new in adapters.items()},
+                "adapters": {name: asdict(found.plan.adapters[name]) for name in names},
                 "layers_edited": len(edits),
                 "plan": found.plan.to_dict(),
             },
@@ -323,15 +309,12 @@ class _Bench:
         }
 
     def _judged(
-        self, adapters: Mapping[str, str], plan: MergePlan
+        self, names: tuple[str, ...], plan: MergePlan
     ) -> tuple[Mapping[str, Score], Mapping[str, Score]]:
         """Return test scores of the exact merge and of the exported adapter, which goes."""
-        tests = {name: self.tasks[name].test for name in adapters}
-        measured = self._measured(list(adapters))
+        tests, measured = {name: self.tasks[name].test for name in names}, self._measured(names)
         try:
-            exact = score_plans(
-                self.model, list(adapters.values()), {"exact": plan}, tests, config=measured
-            )
+            exact = score_plans(self.model, names, {"exact": plan}, tests, config=measured)
             whole = Combiner(read_adapters(self.model, [_EXPORTED])).plan({_EXPORTED: IDENTITY})
             exported = score_plans(
                 self.model, [_EXPORTED], {"exported": whole}, tests, config=measured

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import ConfigError
 from ..evals import MultipleChoiceRow, generation, likelihood, load_rows, multiple_choice
 
@@ -37,7 +34,6 @@ class BenchTask:
         test: scores rows for the table.
         measure: metric of the table.
         guide: metric that methods choose by.
-        inputs: the validation prompts as batches, for what looks at inputs; no answer is in them.
     """
 
     name: str
@@ -46,7 +42,6 @@ class BenchTask:
     test: Callable[[Any], Mapping[str, Any]]
     measure: str
     guide: str
-    inputs: tuple[Mapping[str, Tensor], ...]
 
 
 def load_tasks(
@@ -102,9 +97,7 @@ def load_tasks(
             )
         else:
             validation = _function(kind, drawn, tokenizer, batch_size, max_new_tokens)
-        prompts = _prompts([row.prompt for row in drawn], tokenizer, batch_size)
-        measure, guided = _MEASURES[kind], guides[kind]
-        tasks[name] = BenchTask(name, kind, validation, test, measure, guided, prompts)
+        tasks[name] = BenchTask(name, kind, validation, test, _MEASURES[kind], guides[kind])
     return tasks
 
 
@@ -122,24 +115,7 @@ def choice_task(
     guides = _guide(guide)
     chosen_by = multiple_choice(list(validation), tokenizer, batch_size=batch_size)
     judged = multiple_choice(list(test), tokenizer, batch_size=batch_size)
-    prompts = _prompts([row.prompt for row in validation], tokenizer, batch_size)
-    return BenchTask(name, kind, chosen_by, judged, _MEASURES[kind], guides[kind], prompts)
-
-
-def _prompts(
-    texts: Sequence[str], tokenizer: Any, batch_size: int
-) -> tuple[Mapping[str, Tensor], ...]:
-    batches = []
-    for start in range(0, len(texts), batch_size):
-        ids = [tokenizer(text)["input_ids"] for text in texts[start : start + batch_size]]
-        width = max(map(len, ids))
-        mask = torch.zeros(len(ids), width, dtype=torch.long)
-        filled = torch.zeros_like(mask)
-        for line, own in enumerate(ids):
-            filled[line, : len(own)] = torch.tensor(own)
-            mask[line, : len(own)] = 1
-        batches.append({"input_ids": filled, "attention_mask": mask})
-    return tuple(batches)
+    return BenchTask(name, kind, chosen_by, judged, _MEASURES[kind], guides[kind])
 
 
 def _guide(name: str) -> Mapping[str, str]:

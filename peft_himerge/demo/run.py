@@ -34,8 +34,8 @@ from peft_himerge.tables import print_conflicts
 
 __all__ = ["CONFIG", "PAPER", "run"]
 
-# Smooth scores; density, scale and every layer's repair are decided on the merged model.
-CONFIG = HiMergeConfig(metric="probability", variant="joint")
+# Each adapter acts on its own task's inputs; scale and repairs are decided on the merged model.
+CONFIG = HiMergeConfig(metric="calibrated_probability", variant="focused")
 # The paper's own rule: density and scale on each adapter's own task, every edit kept.
 PAPER = HiMergeConfig(metric="log_likelihood", variant="paper")
 _NAMES = {
@@ -44,6 +44,7 @@ _NAMES = {
     "zh": "zh alone",
     "plain_sum": "plain sum",
     "average": "uniform average",
+    "focused_sum": "plain sum of the focused adapters",
     "model_wise": "model-wise step only",
     "merged": "Hi-Merging, exact",
     "exported": "Hi-Merging, exported LoRA",
@@ -143,11 +144,14 @@ def _test_scores(
     plans = {"base": MergePlan.base()}
     plans |= {name: whole(1.0).solo(name) for name in names}
     plans |= {"plain_sum": whole(1.0), "average": whole(1.0 / len(names))}
-    plans |= {"model_wise": model_wise, "merged": result.plan}
+    own = {"focused_sum": whole(1.0)} if result.options["focus"] else {}
+    own |= {"model_wise": model_wise, "merged": result.plan}
     config = HiMergeConfig(metric="accuracy")
     console = Console(stderr=True)
     with ProgressBar(console) as bar:
         scores = score_plans(model, names, plans, test, config=config, callbacks=[bar])
+    with ProgressBar(console) as bar:  # the plan of the merge names the adapters that it merged
+        scores |= score_plans(model, names, own, test, config=config, callbacks=[bar])
     active = model.active_adapter
     model.set_adapter(result.adapter_name)
     scores["exported"] = {

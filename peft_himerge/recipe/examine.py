@@ -51,7 +51,7 @@ class Examined:
         recipe: the recipe.
         looks: what was found, in the order of the recipe.
         validation: task -> eval function that decides the merge.
-        inputs: task -> examples, for a method that runs the model on them instead, or for focus.
+        inputs: task -> examples, for a method that runs the model on them instead.
         test: task -> eval function of the table at the end.
         heads: adapter -> folder, for adapters that saved a head, which stays with their task; only
             the bodies are merged.
@@ -239,8 +239,6 @@ def _tasks(found: Examined, evals: str | Path | None, include_path: str | Path |
             _task_inputs(found, name, tokenizer)
         elif spec.validation is not None:
             _task(found, name, "validation", tokenizer, functions, include_path)
-            if recipe.focus and name in recipe.adapters:
-                _task_inputs(found, name, tokenizer)
         if spec.test is not None:
             _task(found, name, "test", tokenizer, functions, include_path)
         _same_rows(found, name)

@@ -202,9 +202,6 @@ def _method(data: Table, names: list[str]) -> Iterator[Fault]:
         yield from _hi_options(options, names, bool(scored))
         if scored:
             yield from _own_tasks(method, names, scored)
-        if scored and data.get("focus") is True:
-            for name in sorted(scored & set(names)):
-                yield from _focused_task(name, tasks[name])
     else:
         known = [info.name for info in list_methods()]
         if method not in known:
@@ -224,7 +221,7 @@ def _method(data: Table, names: list[str]) -> Iterator[Fault]:
 def _unread(data: Table, method: Any) -> Iterator[Fault]:
     """Refuse what would have no effect where no score decides the merge, or not by Hi-Merging."""
     why = "only Hi-Merging with validation data reads it"
-    for key in ("focus", "journal", "budget"):
+    for key in ("journal", "budget"):
         if data.get(key):
             yield Fault(key, f"{why}; leave it out.")
     tracking = data.get("tracking")
@@ -284,16 +281,6 @@ def _input_task(
         yield Fault(f"{key}.metric", text)
 
 
-def _focused_task(name: str, task: Table) -> Iterator[Fault]:
-    kind, known = task.get("kind"), input_kinds("hi", {})
-    if isinstance(kind, str) and kind in KINDS and kind not in known:
-        yield Fault(
-            f"tasks.{name}.kind",
-            f"focus runs the model on the rows, which it cannot do with those of {kind!r}. "
-            f"Allowed: {', '.join(known)}; leave focus out, or call focus_adapters in Python.",
-        )
-
-
 def _hi_options(options: Table, names: list[str], scored: bool) -> Iterator[Fault]:
     fields = [f for f in HiMergeConfig.model_fields if f not in _ELSEWHERE]
     good = {}
@@ -319,7 +306,13 @@ def _hi_options(options: Table, names: list[str], scored: bool) -> Iterator[Faul
     except ConfigError as exc:
         yield Fault("options", str(exc).removeprefix("config: "))
         return
-    if config.searches() and not scored:
+    if config.focus and not scored:
+        yield Fault(
+            "options",
+            "without validation data nothing shows what to focus on: give tasks with validation "
+            "data, or variant: joint.",
+        )
+    elif config.searches() and not scored:
         yield Fault(
             "options",
             "without validation data nothing can be searched: give density and scale as numbers, "

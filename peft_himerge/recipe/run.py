@@ -120,7 +120,7 @@ def _merge_hi(examined: Examined, out: Path, listeners: Sequence[Listener]) -> M
         callbacks.append(Budget(seconds=recipe.budget.seconds, advice=advice))
     result = merge_adapters_hi(
         begun.model,
-        list(begun.names.values()),
+        list(recipe.adapters),
         begun.eval_fns,
         adapter_name=recipe.name,
         config=HiMergeConfig(**begun.options),
@@ -128,8 +128,7 @@ def _merge_hi(examined: Examined, out: Path, listeners: Sequence[Listener]) -> M
         journal=None if recipe.journal is None else recipe.place(recipe.journal),
     )
     if is_main():
-        begun.save_focused(out)
-        result.save(out, sources=begun.sources(recipe.folders))
+        result.save(out, sources=recipe.folders)
         _save_merged(recipe, result)
     return result
 

@@ -108,8 +108,6 @@ class Recipe(BaseModel):
         out: folder to write.
         name: the merged adapter's name.
         merged: folder for a full checkpoint, base and merged delta; None writes none.
-        focus: the adapters are focused on the validation prompts of their own tasks first
-            (`focus_adapters`), and what is merged is also written to `out/focused`.
         journal: file that keeps scores, so that a killed merge goes on where it stopped.
         dtype: what the base model is loaded in.
         tracking: where the merge is told.
@@ -127,7 +125,6 @@ class Recipe(BaseModel):
     out: Text
     name: Text = "merged"
     merged: Text | None = None
-    focus: Annotated[bool, Field(strict=True)] = False
     journal: Text | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     tracking: Annotated[Tracking, BeforeValidator(_long_form)] = Tracking()

@@ -1,4 +1,4 @@
-"""What Hi-Merging starts from: the model, and the recipe's adapters as loaded or focused first."""
+"""What Hi-Merging starts from: the model with the recipe's adapters, what scores them, options."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ import torch
 from peft import PeftModel
 
 from ..errors import ConfigError
-from ..export import write_adapter
-from ..focus import focus_adapters
 from ..folders import load_peft_model
-from ..outputs import publishing
 from .examine import Examined
 from .tasks import hi_options
 
 __all__ = ["Start", "load_model", "start"]
-
-_FOCUSED = "focused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +24,13 @@ class Start:
 
     Attributes:
         model: holds the adapters.
-        names: adapter of the recipe -> the adapter that is merged.
-        eval_fns: adapter that is merged, or guard task -> eval function.
-        options: those of `HiMergeConfig` that the recipe gives, by the names of what is merged.
+        eval_fns: adapter, or guard task -> eval function.
+        options: those of `HiMergeConfig` that the recipe gives.
     """
 
     model: PeftModel
-    names: Mapping[str, str]
     eval_fns: Mapping[str, Callable[[Any], Any]]
     options: Mapping[str, Any]
-
-    def sources(self, folders: Mapping[str, Path]) -> dict[str, Path]:
-        """Return adapter that is merged -> the folder it comes from."""
-        return {self.names[name]: folder for name, folder in folders.items()}
-
-    def save_focused(self, out: Path) -> None:
-        """Write the focused adapters, from which the plan can be replayed, to `out/focused`."""
-        for name, merged in self.names.items():
-            if name != merged:
-                with publishing(out / _FOCUSED / merged) as new:
-                    write_adapter(self.model, merged, new)
 
 
 def load_model(examined: Examined, further: Mapping[str, Path] | None = None) -> PeftModel:
@@ -66,25 +48,7 @@ def load_model(examined: Examined, further: Mapping[str, Path] | None = None) ->
 
 
 def start(examined: Examined) -> Start:
-    """Load a recipe that scores decide, and focus its adapters if it says so.
-
-    Raises:
-        ConfigError: a focused adapter's name is taken.
-    """
-    recipe, model = examined.recipe, load_model(examined)
-    names = {name: name for name in recipe.adapters}
-    if recipe.focus:
-        inputs = {name: examined.inputs[name].batches for name in names}
-        names = focus_adapters(model, list(names), inputs)
-    eval_fns = {names.get(name, name): task.fn for name, task in examined.validation.items()}
-    return Start(model, names, eval_fns, _named(hi_options(recipe), names))
-
-
-def _named(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return options with what goes by adapter under the names of what is merged."""
-    return {
-        option: {names.get(name, name): one for name, one in value.items()}
-        if isinstance(value, Mapping)
-        else value
-        for option, value in options.items()
-    }
+    """Load a recipe that scores decide."""
+    model = load_model(examined)
+    eval_fns = {name: task.fn for name, task in examined.validation.items()}
+    return Start(model, eval_fns, hi_options(examined.recipe))
