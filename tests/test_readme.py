@@ -29,14 +29,16 @@ def test_the_python_example_runs_as_it_stands(
     model = tiny.peft_model("llama", 2, dtype=torch.float32)
     evals = tiny.eval_fns("llama", ["en", "zh"])
     code = code.replace("scale=0.9)", "scale=0.9, max_export_drop=None)")
-    code = code.replace("density=1.0)", "density=1.0, max_export_drop=None)")
+    code = code.replace('variant="focused")', 'variant="focused", max_export_drop=None)')
     names = {"model": model, "eval_en": evals["en"], "eval_zh": evals["zh"]}
     names |= {f"batches_{name}": [dict(evals[name].inputs)] for name in ("en", "zh")}
     exec(compile(code, "README.md", "exec"), names)
     assert model.active_adapter == "merged"
     assert {"merged", "again", "both", "ties", "tsv"} <= set(model.peft_config)
     assert names["again"].plan == names["result"].plan
-    assert set(names["best"].plan.adapters) == {"en_focused", "zh_focused"}
+    assert names["best"].options["focus"]
+    assert set(names["best"].plan.adapters) == {"en", "zh"}
+    assert (tmp_path / "best_adapter" / "focused" / "zh" / "adapter_config.json").is_file()
     assert (tmp_path / "merged_adapter" / "adapter_model.safetensors").is_file()
 
 

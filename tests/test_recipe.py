@@ -27,7 +27,6 @@ from typer.testing import CliRunner
 
 from peft_himerge import (
     HiMergeConfig,
-    focus_adapters,
     list_methods,
     merge_adapters,
     merge_adapters_hi,
@@ -133,8 +132,7 @@ def test_a_shipped_recipe_merges_on_tiny_models(
     done = run_recipe(found, [events.append])
     if recipe.is_scored:
         for task, spec in recipe.tasks.items():  # what the rules know is what a kind gives
-            scored = f"{task}_focused" if recipe.focus else task
-            given = set(done.result.states["base"][scored].metrics)
+            given = set(done.result.states["base"][task].metrics)
             assert given == set(KINDS[spec.kind].metrics)
     tested = {name for name, task in recipe.tasks.items() if task.test}
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -210,7 +208,6 @@ def test_a_focused_recipe_is_what_python_would_do_and_can_be_replayed(
     own = "options.scale={en: 0.5, zh: 0.75}"
     given = [*sets(root, name, out), own, "options.density={en: 1.0, zh: 0.5}", "rank=3"]
     found = examine(read_recipe(RECIPES / name, given))
-    assert {task: len(made.rows) for task, made in found.inputs.items()} == {"en": 4, "zh": 4}
     done = run_recipe(found)
     folders = {task: root / "adapters" / task for task in ("en", "zh")}
     model, tokenizer = load_peft_model(root / "models" / "base", folders)
@@ -218,37 +215,21 @@ def test_a_focused_recipe_is_what_python_would_do_and_can_be_replayed(
         task: load_rows(root / "data" / f"{task}.validation.jsonl", "multiple_choice")
         for task in folders
     }
-    inputs = {
-        task: [
-            {
-                k: torch.tensor([v])
-                for k, v in tokenizer(row.prompt).items()
-                if k != "token_type_ids"
-            }
-            for row in some
-        ]
-        for task, some in rows.items()
-    }
-    focused = focus_adapters(model, ["en", "zh"], inputs)
+    fns = {task: multiple_choice(some, tokenizer) for task, some in rows.items()}
     config = HiMergeConfig(
-        variant="joint",
-        density={"en_focused": 1.0, "zh_focused": 0.5},
-        scale={"en_focused": 0.5, "zh_focused": 0.75},
+        variant="focused",
+        density={"en": 1.0, "zh": 0.5},
+        scale={"en": 0.5, "zh": 0.75},
         metric="calibrated_probability",
         rank=3,
         max_export_drop=None,
     )
-    wanted = merge_adapters_hi(
-        model,
-        list(focused.values()),
-        {focused[task]: multiple_choice(some, tokenizer) for task, some in rows.items()},
-        config=config,
-    )
+    wanted = merge_adapters_hi(model, ["en", "zh"], fns, config=config)
     for state, scores in wanted.scores.items():
         assert done.result.scores[state] == pytest.approx(scores, abs=1e-4)
-    assert list(done.result.plan.adapters) == ["en_focused", "zh_focused"]
+    assert list(done.result.plan.adapters) == ["en", "zh"]
     again = tmp_path / "again"
-    parts = [f"--adapter={n}={out / 'focused' / n}" for n in ("en_focused", "zh_focused")]
+    parts = [f"--adapter={n}={out / 'focused' / n}" for n in ("en", "zh")]
     command = ["apply", str(out / "plan.json"), *parts, f"--out={again}", "--rank=3"]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output
@@ -260,7 +241,7 @@ def test_a_focused_recipe_is_what_python_would_do_and_can_be_replayed(
         )
     flags = [part for change in given for part in ("--set", change)]
     shown = CliRunner().invoke(app, ["plan", str(RECIPES / name), *flags])
-    assert "focus: it runs the model on 8 rows before" in shown.output
+    assert "focus: it runs the model on each adapter's rows twice before" in shown.output
 
 
 def test_a_method_of_the_registry_is_what_python_would_do(
@@ -584,10 +565,9 @@ def test_all_faults_are_told_at_once() -> None:
          "Allowed: multiple_choice, perplexity; or call"),
         ("multiple_choice_generation", "method=regmean", "tasks.writer.metric", "give test_metric"),
         ("drop_in_ties", "method=greedy_soup", "tasks.en", "data for every adapter."),
-        ("focused", "method=ties", "focus", "only Hi-Merging with validation data reads it"),
-        ("focused", "focus=1", "focus", "valid boolean"),
-        ("focused", "tasks.en={kind: lm_eval_task, validation: x, metric: acc}", "tasks.en.kind",
-         "Allowed: multiple_choice, perplexity, generation, likelihood; leave focus out"),
+        ("focused", "options.focus=1", "options.focus", "valid boolean"),
+        ("two_tasks", "focus=true", "focus", ""),
+        ("model_wise_only", "options.variant=focused", "options", "nothing shows what to focus on"),
         ("two_tasks", "name=en", "name", "has an adapter 'en' already"),
         ("two_tasks", "name=base", "name", "means the base model"),
         ("two_tasks", "adapters.exported=x", "adapters", "means a state of the merge"),
@@ -1099,13 +1079,12 @@ def test_a_sweep_starts_from_what_a_recipe_says_and_nothing_else(
     assert options == {
         "variant": "joint",
         "search_target": "own",
-        "scale": {"en_focused": 0.5, "zh_focused": 1.0},
-        "density": {"en_focused": 1.0, "zh_focused": 0.5},
+        "scale": {"en": 0.5, "zh": 1.0},
+        "density": {"en": 1.0, "zh": 0.5},
         "rank": "auto",
-        "metric": {"en_focused": "calibrated_probability", "zh_focused": "calibrated_probability"},
+        "metric": {"en": "calibrated_probability", "zh": "calibrated_probability"},
     }
-    assert set(eval_fns) == set(folders) == {"en_focused", "zh_focused"}
-    assert set(model.peft_config) == {"en", "zh", *eval_fns}
+    assert set(eval_fns) == set(folders) == set(model.peft_config) == {"en", "zh"}
 
 
 def test_a_sweep_varies_the_options_of_a_recipe(
