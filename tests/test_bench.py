@@ -66,7 +66,7 @@ def _training_texts(seed: int, count: int) -> list[dict[str, Any]]:
 
 
 def vars_of(options: Options) -> list[str]:
-    return [name for name in options.__slots__ if name != "guide"]
+    return [n for n in options.__slots__ if n != "guide" and getattr(options, n) is not None]
 
 
 def _demo_rows(seed: int) -> list[MultipleChoiceRow]:
@@ -187,12 +187,7 @@ def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) ->
         model,
         ["one", "two"],
         validation,
-        config=HiMergeConfig(
-            metric="probability",
-            search_target="merged",
-            accept="no_regression",
-            max_export_drop=None,
-        ),
+        config=HiMergeConfig(variant="paper", metric="probability", max_export_drop=None),
     )
     cell = json.loads((done / "merges" / "one+two" / "hi_paper.json").read_text())
     assert cell["chosen"]["plan"] == found.plan.to_dict()
@@ -200,6 +195,19 @@ def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) ->
     model.set_adapter("merged")
     exported = {t: row["value"] for t, row in cell["test_exported"].items()}
     assert exported == pytest.approx({t: _accuracy(model, t, root) for t in ("one", "two")})
+
+
+def test_tasks_that_generate_may_have_fewer_test_rows(root: Path) -> None:
+    names = ["one", "text"]
+
+    def prints(**sizes: int) -> list[str]:
+        tasks = load_tasks(root / "data", names, bytewise.tokenizer(), rows=4, **sizes)
+        return [tasks[name].test.fingerprint for name in names]  # type: ignore[attr-defined]
+
+    nine, three = prints(test_rows=9), prints(test_rows=3)
+    assert prints(test_rows=9, text_rows=3) == [nine[0], three[1]]
+    assert nine[0] != three[0]
+    assert nine[1] != three[1]
 
 
 def test_what_is_chosen_is_the_best_that_was_tried_on_validation(done: Path) -> None:
