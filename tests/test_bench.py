@@ -187,7 +187,9 @@ def test_a_contender_is_what_its_merge_by_hand_scores(root: Path, done: Path) ->
         model,
         ["one", "two"],
         validation,
-        config=HiMergeConfig(variant="paper", metric="probability", max_export_drop=None),
+        config=HiMergeConfig(
+            variant="paper", metric="calibrated_probability", max_export_drop=None
+        ),
     )
     cell = json.loads((done / "merges" / "one+two" / "hi_paper.json").read_text())
     assert cell["chosen"]["plan"] == found.plan.to_dict()
