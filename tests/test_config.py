@@ -189,16 +189,23 @@ def test_metrics_given_per_task_must_be_the_tasks() -> None:
     assert str(caught.value) == "metric names the task 'en'. Did you mean 'enn'? Allowed: enn."
 
 
+FOCUSED = {"focus": True, "density": 1.0}
+
+
 def test_variant_fills_in_what_is_not_given() -> None:
     paper, joint = HiMergeConfig(variant="paper"), HiMergeConfig(variant="joint")
     assert (paper.search_target, paper.accept) == ("own", "always")
     assert (joint.search_target, joint.accept) == ("merged", "best")
+    focused = HiMergeConfig(variant="focused")
+    assert focused == HiMergeConfig(**(joint.model_dump() | {"variant": "focused"} | FOCUSED))
     mixed = HiMergeConfig(variant="joint", accept="no_regression")
     assert (mixed.search_target, mixed.accept) == ("merged", "no_regression")
     for config in (paper, joint, mixed):
         assert HiMergeConfig(**config.model_dump()) == config
         assert HiMergeConfig.model_validate(config.model_dump(mode="json")) == config
-    with pytest.raises(ConfigError, match=r"variant: Input should be 'paper' or 'joint'"):
+    with pytest.raises(
+        ConfigError, match=r"variant: Input should be 'paper', 'joint' or 'focused'"
+    ):
         HiMergeConfig(variant="ours")
     with pytest.raises(ConfigError, match="variant"):
         HiMergeConfig(variant=["joint"])
