@@ -226,6 +226,7 @@ class Mixture:
             k: v if device.type == "meta" else v.to(device) for k, v in batch.items()
         }
         if not logits and self._head_is_free:
+            placed.pop("labels", None)  # a loss would ask for all of them
             placed["logits_to_keep"] = 1
         with torch.set_grad_enabled(grad), heard():
             return self._model(**placed)
