@@ -603,8 +603,9 @@ def test_a_plan_that_does_not_fit_is_refused_in_words() -> None:
             {},
             PlanError,
             "the weights of adapter 'zh' are not those the plan was made for (digest "
-            "000000000000…). Use the original adapter, or drop 'sources' from the plan to apply it "
-            "all the same.",
+            "000000000000…). Use the original adapter (for a merge of focused ones those in the "
+            "folder 'focused' beside the plan), or drop 'sources' from the plan to apply it all "
+            "the same.",
         ),
     ]
     for given, named, error, text in cases:
