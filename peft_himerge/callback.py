@@ -139,6 +139,10 @@ class HiMergeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         ):
             if value not in allowed:
                 raise ConfigError(f"{option} got {value!r}.{suggest(str(value), allowed)}")
+        if self._job.config.focus and any(kind != "full" for kind in self._analysis.values()):
+            raise ConfigError(
+                "adapters are focused for analysis='full' alone; choose that, or variant='joint'."
+            )
         if not self._job.eval_fns and any(kind != "off" for kind in self._analysis.values()):
             raise ConfigError(
                 "eval_fns is empty: give one function per adapter, or set analysis='off' to save "

@@ -154,12 +154,14 @@ class Adapter:
         factors: module path in the base model -> its factors, sorted by path.
         base: `base_model_name_or_path` of its config, if known.
         settings: what the merged adapter's config inherits (task type, ...).
+        focused: it is merged in place of the model's adapter of that name (`focus`).
     """
 
     name: str
     factors: Mapping[str, LoraFactors]
     base: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    focused: bool = False
 
     @property
     def numel(self) -> int:

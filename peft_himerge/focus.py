@@ -137,7 +137,7 @@ def refocused(source: Adapter, parts: Parts) -> Adapter:
         b, a = pad(b, (0, rank - part.rank)), pad(a, (0, 0, 0, rank - part.rank))
         # In the layout that they are read back in, since products depend on it in the last bit.
         factors[module] = LoraFactors(a.contiguous(), b.contiguous(), 1.0, own.kind, own.kernel)
-    return Adapter(source.name, factors, source.base, source.settings)
+    return Adapter(source.name, factors, source.base, source.settings, focused=True)
 
 
 def remember(model: PeftModel, adapters: Sequence[Adapter]) -> None:

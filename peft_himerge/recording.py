@@ -1,7 +1,8 @@
-"""What an eval function shows the model, as batches: the examples it looks at, without its answers.
+"""What an eval function shows the model, as batches: the examples that it looks at.
 
 A method that learns from inputs wants batches, and who merges has eval functions. Those know their
-prompts; so one is run once, and the calls of the model are kept instead of its score.
+examples; so one is run once, and the calls of the model are kept instead of its score. Where the
+model is given an answer (the likelihood of a text, say), that is part of what is kept.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def record(model: PeftModel, name: str, eval_fn: Callable[[Any], Any]) -> list[d
         eval_fn(model)
     if not calls:
         raise ConfigError(
-            f"inputs[{name!r}] is a function that never called the model, so that no example of "
-            f"the task was seen. Give batches (dicts of tensors) in its place."
+            f"the eval function of {name!r} never called the model, so that no example of its task "
+            f"was seen. Give batches (dicts of tensors) as inputs, or choose a method or variant "
+            f"that looks at scores alone."
         )
     return [
         {key: value[at : at + _MOST] for key, value in call.items()}
@@ -63,12 +65,15 @@ def _overheard(inner: nn.Module, calls: list[dict[str, Tensor]]) -> Iterator[Non
     """
     forward, own = inner.forward, vars(inner).get("forward")
     signature = inspect.signature(forward)
+    rest = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
     @functools.wraps(forward)
     def noting(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(*args, **kwargs).arguments
+        given = dict(signature.bind_partial(*args, **kwargs).arguments)
+        for name in rest:
+            given |= given.pop(name, {})
         if not _continues(given):
-            batch = _examples({**given, **given.get("kwargs", {})})
+            batch = _examples(given)
             if batch:
                 calls.append(batch)
         return forward(*args, **kwargs)

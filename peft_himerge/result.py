@@ -157,11 +157,11 @@ class MergeResult:
     ) -> Path:
         """Write the merged adapter in PEFT's layout, plan.json, report.json, report.md, README.md.
 
-        If the adapters were focused, those that were merged go to the folder `focused` inside, one
-        folder each: the plan is for them. Also report.html, a page of about 5 MB that opens from
-        disk without a network. The report holds norms, cosines, signs and singular values of the
-        deltas, which takes well under a second for a model of 0.3 billion parameters and some
-        seconds for one of 7 billion.
+        Focused adapters that were merged go to the folder `focused` inside first, one folder each,
+        all or none of its files: the plan is for them. Also report.html, a page of about 5 MB that
+        opens from disk without a network. The report holds norms, cosines, signs and singular
+        values of the deltas, which takes well under a second for a model of 0.3 billion parameters
+        and some seconds for one of 7 billion.
 
         Args:
             folder: created if it is not there; files of these names are replaced, all or none.
@@ -180,8 +180,8 @@ class MergeResult:
         shown = deltas_of(self.model, self.adapter_name, self._unchanged)
         facts = self.to_dict() | {"geometry": shown}
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        if self.options.get("focus"):
-            for name, adapter in self._unchanged().adapters.items():
+        for name, adapter in self._combiner.adapters.items():
+            if adapter.focused:
                 with publishing(Path(folder) / FOCUSED / name) as new:
                     write_focused(self.model, adapter, new)
         with publishing(folder) as new:

@@ -125,6 +125,23 @@ def test_training_is_bit_identical_with_a_sibling_from_a_folder(
     assert set(lora_layers(model)) == layers  # the sibling adapts up_proj, this one does not
 
 
+def test_training_is_bit_identical_while_its_adapter_is_focused(tmp_path: Path) -> None:
+    without = trainers.facts(trained(tmp_path / "a", []))
+    config = HiMergeConfig(variant="focused", scale=0.9, max_export_drop=None)
+    back = callback(config=config, artifact="last")
+    found = trainers.facts(trained(tmp_path / "b", [back]))
+    assert back.memory["round"] == 2
+    assert moved(without, found) == []
+    focused = {path.parent.name for path in tmp_path.rglob("focused/*/adapter_config.json")}
+    assert focused == {"default", "zh"}
+
+
+@pytest.mark.parametrize("analysis", ["scores", "off"])
+def test_focus_needs_the_full_analysis(analysis: str) -> None:
+    with pytest.raises(ConfigError, match="focused for analysis='full' alone"):
+        callback(config=HiMergeConfig(variant="focused"), analysis=analysis)
+
+
 def test_training_is_bit_identical_when_an_eval_function_fails(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -207,7 +207,7 @@ def test_a_function_that_shows_the_model_nothing_is_refused() -> None:
     model = peft_model("llama", 3)
     before = snapshot(model)
     fns = {name: lambda tried: 1.0 for name in TRIO[:2]}
-    with pytest.raises(ConfigError, match=r"inputs\['.*'\] is a function that never called"):
+    with pytest.raises(ConfigError, match=r"the eval function of '.*' never called the model"):
         focus_adapters(model, TRIO[:2], fns)
 
     def broken(tried: Any) -> float:
@@ -233,6 +233,7 @@ def test_logits_that_nobody_reads_are_left_out_unless_the_head_is_adapted(adapte
     assert set(seen) == ({5} if adapted else {1})
 
 
+RUNS = ("out", "again")
 OPTIONS: dict[str, Any] = {"scale": {name: 0.5 + 0.25 * i for i, name in enumerate(TRIO)}}
 OPTIONS |= {"density": dict.fromkeys(TRIO, 1.0), "max_export_drop": None}
 
@@ -267,6 +268,7 @@ def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> 
 
     # The plan is replayed on this model, and in another one from the folders beside it.
     again = apply_plan(model, result.plan, adapter_name="again")
+    again.save(tmp_path / "again", page=False)
     scored = score_plans(model, TRIO, {"it": result.plan}, fns)
     assert {t: s.value for t, s in scored["it"].items()} == result.scores["merged"]
     saved = snapshot(model)
@@ -285,6 +287,9 @@ def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> 
         plan=result.plan,
     )
     assert merged.rank == later.rank
+    for name in TRIO:
+        of = [tmp_path / run / "focused" / name / "adapter_model.safetensors" for run in RUNS]
+        assert of[0].read_bytes() == of[1].read_bytes()
     for module in (m.module for m in want.modules):
         assert torch.equal(again.delta(module), result.delta(module))
         assert torch.equal(later.delta(module), result.delta(module))

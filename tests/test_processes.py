@@ -44,6 +44,7 @@ folder, NAMES = Path(sys.argv[2]), ["zh", "en"]
 SEARCH = {"density": "search", "scale": 0.9, "reanalyze": "each", "accept": "no_regression"}
 FIXED = {"density": 0.4, "scale": 0.9}
 OPTUNA = {"search": "optuna", "search_budget": 10}
+FOCUSED = {"variant": "focused", "scale": 0.9}
 
 def one(name, size, rank, wrong):
     torch.manual_seed(rank); random.seed(rank); np.random.seed(rank)
@@ -76,7 +77,7 @@ def one(name, size, rank, wrong):
     if wrong == "slow":
         engine._EXCHANGE_SECONDS = 0.01 * (1 + rank)
     before = torch.get_rng_state(), random.getstate()
-    options = {None: SEARCH, "optuna": OPTUNA}.get(wrong, FIXED)
+    options = {None: SEARCH, "optuna": OPTUNA, "focused": FOCUSED}.get(wrong, FIXED)
     config = HiMergeConfig(**{"variant": "paper", **options}, max_export_drop=None)
     fns = {name: fn_of(name) for name in names}
     journal = folder / f"{name}.jsonl" if wrong in (None, "slow") else None
@@ -155,7 +156,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Told:
     plain: list[tuple[str, int, str | None]] = [("one", 1, None), ("two", 2, None)]
     plain += [("three", 3, None), ("one", 3, None)]
     plain += [("slow", 3, "slow"), ("alone", 1, "slow")]
-    return run_teams(folder, [*plain, ("search", 2, "optuna"), ("search alone", 1, "optuna")])
+    plain += [("search", 2, "optuna"), ("search alone", 1, "optuna")]
+    return run_teams(folder, [*plain, ("focused", 2, "focused"), ("focused alone", 1, "focused")])
 
 
 def results(team: Mapping[Any, Any]) -> list[Any]:
@@ -176,6 +178,13 @@ def test_every_process_asks_optuna_for_the_same_points(good: Told) -> None:
     assert results(good["search"]) == results(good["search alone"]) * 2
     calls = {seen["calls"] for seen in good["search alone"].values()}
     assert {sum(seen["calls"] for seen in good["search"].values())} == calls
+
+
+def test_every_process_merges_the_adapters_that_the_main_one_focused(good: Told) -> None:
+    (want,) = results(good["focused alone"])
+    assert results(good["focused"]) == [want, want]
+    assert all(seen["rng kept"] for seen in good["focused"].values())
+    assert want["result"]["options"]["focus"] is True
 
 
 def test_the_work_is_split_and_nothing_is_done_twice(good: Told) -> None:
