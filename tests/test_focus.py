@@ -27,6 +27,7 @@ from peft_himerge import (
 from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
 from peft_himerge.errors import AdapterError, ConfigError, PlanError
+from peft_himerge.page import parse_report, render_page
 from peft_himerge.plan import IDENTITY
 from peft_himerge.recording import record
 
@@ -269,6 +270,9 @@ def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> 
     # The plan is replayed on this model, and in another one from the folders beside it.
     again = apply_plan(model, result.plan, adapter_name="again")
     again.save(tmp_path / "again", page=False)
+    shown = render_page(parse_report(result.to_dict()))
+    assert f"{' + '.join(TRIO)}, each focused on its own task's inputs, merged into" in shown
+    assert "“Alone” are the focused adapters" in shown
     scored = score_plans(model, TRIO, {"it": result.plan}, fns)
     assert {t: s.value for t, s in scored["it"].items()} == result.scores["merged"]
     saved = snapshot(model)
