@@ -24,6 +24,7 @@ from .tracking import Book, Round, TensorBoardListener
 from .training import (
     EVENTS,
     blank_memory,
+    check_analysis,
     checked_names,
     covers,
     default_listeners,
@@ -139,15 +140,8 @@ class HiMergeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         ):
             if value not in allowed:
                 raise ConfigError(f"{option} got {value!r}.{suggest(str(value), allowed)}")
-        if self._job.config.focus and any(kind != "full" for kind in self._analysis.values()):
-            raise ConfigError(
-                "adapters are focused for analysis='full' alone; choose that, or variant='joint'."
-            )
-        if not self._job.eval_fns and any(kind != "off" for kind in self._analysis.values()):
-            raise ConfigError(
-                "eval_fns is empty: give one function per adapter, or set analysis='off' to save "
-                "merged adapters without scoring them."
-            )
+        job = self._job
+        check_analysis(self._analysis, scored=bool(job.eval_fns), focused=job.config.focus)
 
     def _become(self, key: str) -> None:
         """Take over the callback that the user made in this process, for a resumed run."""

@@ -18,6 +18,7 @@ from .tracking import JsonlListener, LogListener, TensorBoardListener, WandbList
 __all__ = [
     "EVENTS",
     "blank_memory",
+    "check_analysis",
     "checked_names",
     "covers",
     "default_listeners",
@@ -67,6 +68,28 @@ def per_event(analysis: Any) -> dict[str, Analysis]:
         if kind not in ANALYSES:
             raise ConfigError(f"analysis got {kind!r}.{suggest(str(kind), ANALYSES)}")
     return {event: given.get(event, "full") for event in events}
+
+
+def check_analysis(analysis: Mapping[str, Analysis], *, scored: bool, focused: bool) -> None:
+    """Refuse an analysis that cannot be made.
+
+    Args:
+        analysis: event -> analysis.
+        scored: there are eval functions.
+        focused: adapters are to be focused before they are merged.
+
+    Raises:
+        ConfigError: scores without eval functions, or a merge without analysis that would focus.
+    """
+    if focused and any(kind != "full" for kind in analysis.values()):
+        raise ConfigError(
+            "adapters are focused for analysis='full' alone; choose that, or variant='joint'."
+        )
+    if not scored and any(kind != "off" for kind in analysis.values()):
+        raise ConfigError(
+            "eval_fns is empty: give one function per adapter, or set analysis='off' to save "
+            "merged adapters without scoring them."
+        )
 
 
 def unwrap(model: Any) -> Any:
