@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -56,19 +57,23 @@ class HiMergeConfig(BaseModel):
             scales of 1.25 and 1.5 are tried too, for an adapter that the others drown.
         reanalyze: "once" measures all layers before any edit (paper); "each" measures a layer's
             merged contribution again with the edits made so far.
-        accept: "always" keeps every edit (paper); "no_regression" keeps an edit only if the mean
-            score over all tasks, guard tasks included, does not fall; "best" (ours, default) also
-            tries milder and stronger scales of one adapter at a time, and keeps the best of all,
-            if the mean score does not fall. The last two are never worse than the model-wise merge
-            on the data the eval functions look at.
+        accept: "always" keeps every edit (paper); "never" keeps none: the layers are judged and
+            left as they are; "no_regression" keeps an edit only if the mean score over all tasks,
+            guard tasks included, does not fall; "best" (ours, default) also tries milder and
+            stronger scales of one adapter at a time, and keeps what beats the rest by more than
+            `tolerance`. All but "always" are never worse than the model-wise merge on the data the
+            eval functions look at.
         partial_target: who is pruned in a partial conflict: the "degrader", which loses nothing
             itself (default), or the "degraded", which loses.
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
             for tasks with unlike metrics.
-        tolerance: a gamma of less than this magnitude counts as 0, and accept="best" keeps only
-            what wins more than this: a number, 0 in the paper; or in its own (paired) standard
-            errors, as "2se" (needs eval functions that return per-example scores); or "auto", one
-            standard error where there are per-example scores, else 0.
+        tolerance: a gamma of less than this magnitude counts as 0; and what was tried on the merged
+            model takes the place of what it began with only if it wins more than this (a search of
+            one adapter after the other, accept="best"): a number, 0 in the paper; or in its own
+            (paired) standard errors, as "2se" (needs eval functions that return per-example
+            scores); or "auto", 0 without per-example scores, else one standard error for a gamma,
+            and sqrt(2 ln n) where the best of n is taken, which the best of n that change nothing
+            seldom reaches (Donoho and Johnstone 1994, the universal threshold).
         metric: which entry of a dict of metrics is the score: one name, or one per task.
         rank: rank of the exported adapter: a number; a share of the delta's energy (squared
             Frobenius norm) as a float below 1; "exact"; or "auto", which is "exact" where nothing
@@ -101,7 +106,7 @@ class HiMergeConfig(BaseModel):
     search_budget: Annotated[int, Field(ge=1)] | None = None
     search_target: Literal["own", "merged"] = "merged"
     reanalyze: Literal["once", "each"] = "once"
-    accept: Literal["always", "no_regression", "best"] = "best"
+    accept: Literal["always", "never", "no_regression", "best"] = "best"
     partial_target: Literal["degrader", "degraded"] = "degrader"
     normalize: Literal["none", "gain"] = "none"
     tolerance: float | str = "auto"
@@ -200,12 +205,17 @@ class HiMergeConfig(BaseModel):
 
         return Edit(pick(self.density), pick(self.scale))
 
-    def tolerance_of(self, se: float | None) -> float:
-        """Return the magnitude up to which a difference with this standard error is noise."""
+    def tolerance_of(self, se: float | None, tries: int = 1) -> float:
+        """Return the magnitude up to which a difference is noise.
+
+        Args:
+            se: its standard error, or None if it is not known.
+            tries: of how many differences it may be the largest.
+        """
         if not isinstance(self.tolerance, str):
             return self.tolerance
         if self.tolerance == "auto":
-            return 0.0 if se is None else se
+            return 0.0 if se is None else se * max(1.0, math.sqrt(2 * math.log(tries)))
         found = _SE.match(self.tolerance)
         assert found is not None
         if se is None:

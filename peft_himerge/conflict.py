@@ -33,6 +33,7 @@ __all__ = [
     "grades",
     "rank",
     "resolve",
+    "tries",
 ]
 
 
@@ -139,6 +140,12 @@ def grades(plan: MergePlan, layer: str, adapter: str) -> list[Edit]:
     """
     edit = plan.edits[layer][adapter]
     return [] if edit.drops else [Edit(edit.density, edit.scale * grade) for grade in GRADES]
+
+
+def tries(plan: MergePlan) -> int:
+    """Return the most edits that ``accept="best"`` tries in a plan's layers."""
+    holders = [sum(not edit.drops for edit in row.values()) for row in plan.edits.values()]
+    return sum(1 + len(GRADES) * held for held in holders)
 
 
 def resolve(conflict: Conflict, plan: MergePlan, config: HiMergeConfig) -> dict[str, Edit]:

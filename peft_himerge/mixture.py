@@ -227,7 +227,9 @@ class Mixture:
         }
         if not logits and self._head_is_free:
             placed.pop("labels", None)  # a loss would ask for all of them
-            placed["logits_to_keep"] = 1
+            # A position, not a number: of a slice PyTorch copies the head once per row (bfloat16,
+            # CPU, 32 rows, 262,144 tokens: 59 s in place of 0.06).
+            placed["logits_to_keep"] = torch.zeros(1, dtype=torch.long)
         with torch.set_grad_enabled(grad), heard():
             return self._model(**placed)
 

@@ -21,7 +21,9 @@ def describe_edit(resolution: Resolution) -> str:
         text = f"kept only {conflict.winner}"
     else:
         text = ", ".join(_words(name, edit) for name, edit in resolution.edits.items())
-    return text if resolution.accepted else f"{text} (undone: the mean score fell)"
+    if resolution.accepted:
+        return text
+    return f"{text} ({'undone: it did not win' if resolution.after else 'not tried'})"
 
 
 def _words(name: str, edit: Edit) -> str:

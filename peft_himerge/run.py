@@ -18,7 +18,7 @@ from .events import ContributionsMeasured, Event, LayerResolved, Listener, Merge
 from .interrupts import heard
 from .plan import DROP, Edit, MergePlan
 from .scoring import Score, Task, difference
-from .search import GRID, Trial, best, search_edit, together
+from .search import GRID, Trial, best, budget, search_edit, together
 
 __all__ = ["Run"]
 
@@ -124,6 +124,7 @@ class Run:
         """Choose each adapter's density and scale (DESIGN 1.1)."""
         own_only = self.config.search_target == "own"
         self._scale_together(engine)
+        tries = budget(self.config) * len(self.own)
         for name in self.own:
             if self.config.search == "optuna" and self.config.density == "search":
                 # It asks for few densities at a time; one pass over the deltas cuts for all.
@@ -142,7 +143,9 @@ class Run:
 
             trials = search_edit(name, self.config, value, self.plan.adapters[name])
             self.trials.extend(trials)
-            self.plan = self.plan.with_adapter(name, best(trials).edit)
+            chosen = self.plan.with_adapter(name, best(trials).edit)
+            if own_only or self._beats(engine, chosen, tries):
+                self.plan = chosen
 
     def _scale_together(self, engine: Engine) -> None:
         """Give all adapters the one scale that suits the merged model best, if any is searched."""
@@ -189,6 +192,7 @@ class Run:
             conflicts.find(self.contributions.of(layer), self.config, gains, self.plan.edits[layer])
             for layer in self.layers
         ]
+        tries = conflicts.tries(self.plan) if self.config.accept == "best" else None
         for conflict in conflicts.rank(found):
             if self.config.reanalyze == "each":
                 self._ask(engine, self.own, self.plan, self.plan.without(conflict.layer))
@@ -198,24 +202,24 @@ class Run:
                 ]
                 holders = self.plan.edits[conflict.layer]
                 conflict = conflicts.find(rows, self.config, gains, holders)
-            resolution = self._treat(engine, conflict)
+            resolution = self._treat(engine, conflict, tries)
             self.resolutions.append(resolution)
             self.emit(LayerResolved(resolution, self.plan))
 
-    def _treat(self, engine: Engine, conflict: conflicts.Conflict) -> Resolution:
-        """Edit one layer, or leave it, as config.accept says; the plan is the new one."""
+    def _treat(self, engine: Engine, conflict: conflicts.Conflict, tries: int | None) -> Resolution:
+        """Edit one layer, or leave it, as config.accept says; `tries` as for `_beats`."""
         layer, start = conflict.layer, self.plan
         proposed = conflicts.resolve(conflict, start, self.config)
         paper = start.with_edits(layer, proposed)
-        if self.config.accept == "always":
-            self.plan = paper
-            return Resolution(conflict, proposed, accepted=bool(proposed))
-        measured = self._try(engine, [paper])
+        if self.config.accept in ("always", "never"):
+            self.plan = paper if self.config.accept == "always" else start
+            return Resolution(conflict, proposed, accepted=bool(proposed) and self.plan is paper)
+        measured = self._try(engine, [paper], tries)
         if self.config.accept == "best":
             for name in start.edits[layer]:
                 steps = conflicts.grades(self.plan, layer, name)
                 plans = [self.plan.with_edit(layer, name, edit) for edit in steps]
-                self._try(engine, plans, rise=True)
+                self._try(engine, plans, tries, rise=True)
         if self.plan is start and measured is None:
             return Resolution(conflict, proposed, accepted=bool(proposed))
         before = _values(self._scores(engine, start))
@@ -228,13 +232,35 @@ class Run:
         edits = {n: edit for n, edit in self.plan.edits[layer].items() if edit != was[n]}
         return Resolution(conflict, edits, True, before, after)
 
-    def _try(
-        self, engine: Engine, plans: Sequence[MergePlan], *, rise: bool = False
-    ) -> dict[str, float] | None:
-        """Make the best of these the plan if the mean score does not fall, or rises.
+    def _beats(
+        self, engine: Engine, other: MergePlan, tries: int | None, *, rise: bool = False
+    ) -> bool:
+        """True if another plan's mean score beats the plan's: by more than the tolerance.
 
-        With accept="best" by more than the tolerance: of many small gains on few examples most are
-        luck, and the best of several is picked for its luck too.
+        Of many small gains on few examples most are luck, and the best of several is picked for
+        its luck too. Without tolerance an equal score is enough.
+
+        Args:
+            engine: gives the scores.
+            other: the plan that is tried.
+            tries: of how many plans it may be the best; None asks for no more than an equal score.
+            rise: True if an equal score is not enough.
+        """
+        before, after = self._scores(engine, self.plan), self._scores(engine, other)
+        won, noise = _mean(after) - _mean(before), 0.0
+        if tries is not None:
+            noise = self.config.tolerance_of(_paired_error(after, before), tries)
+        return won > noise or (won == noise == 0.0 and not rise)
+
+    def _try(
+        self,
+        engine: Engine,
+        plans: Sequence[MergePlan],
+        tries: int | None,
+        *,
+        rise: bool = False,
+    ) -> dict[str, float] | None:
+        """Make the best of these the plan if it beats it; arguments as for `_beats`.
 
         Returns:
             The scores of the best one; None if all are the plan itself.
@@ -243,14 +269,9 @@ class Run:
         if not plans:
             return None
         self._ask(engine, self.tasks, *plans)
-        before = self._scores(engine, self.plan)
         after = [self._scores(engine, plan) for plan in plans]
         best_at = max(range(len(plans)), key=lambda i: (_mean(after[i]), -i))
-        won = _mean(after[best_at]) - _mean(before)
-        noise = 0.0
-        if self.config.accept == "best":
-            noise = self.config.tolerance_of(_paired_error(after[best_at], before))
-        if won > noise or (won == noise == 0.0 and not rise):
+        if self._beats(engine, plans[best_at], tries, rise=rise):
             self.plan = plans[best_at]
         return _values(after[best_at])
 

@@ -93,7 +93,7 @@ def test_value_that_is_allowed_is_kept(options: dict[str, Any]) -> None:
         ({"search": "optuna", "search_budget": True}, "search_budget"),
         ({"search_target": "all"}, "search_target"),
         ({"reanalyze": True}, "reanalyze"),
-        ({"accept": "never"}, "accept.*'always'"),
+        ({"accept": "maybe"}, "accept.*'always'"),
         ({"partial_target": "both"}, "partial_target"),
         ({"normalize": "max"}, "normalize"),
         ({"strategy": "swap"}, "strategy"),

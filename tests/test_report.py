@@ -24,10 +24,15 @@ from peft_himerge.report import (
 
 
 def resolution(
-    kind: ConflictKind, edits: dict[str, Edit], accepted: bool = True, winner: str | None = None
+    kind: ConflictKind,
+    edits: dict[str, Edit],
+    accepted: bool = True,
+    winner: str | None = None,
+    after: dict[str, float] | None = None,
 ) -> Resolution:
     conflict = Conflict("h.0", kind, 1.5, {"en": 0.5, "zh": 1.0}, winner)
-    return Resolution(conflict, edits, accepted, {"en": 0.1}, {"en": 0.2})
+    measured = {"en": 0.2} if after is None else after
+    return Resolution(conflict, edits, accepted, {"en": 0.1}, measured)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +49,11 @@ def resolution(
         ),
         (
             resolution(ConflictKind.PARTIAL, {"en": Edit(0.15, 0.45)}, accepted=False),
-            "en: density 0.15, scale 0.45 (undone: the mean score fell)",
+            "en: density 0.15, scale 0.45 (undone: it did not win)",
+        ),
+        (
+            resolution(ConflictKind.PARTIAL, {"en": Edit(0.15, 0.45)}, False, after={}),
+            "en: density 0.15, scale 0.45 (not tried)",
         ),
         (resolution(ConflictKind.PARTIAL, {}, False), "left alone"),
     ],

@@ -18,7 +18,15 @@ from stacks import drawn
 
 from peft_himerge import Edit, HiMergeConfig, MergePlan
 from peft_himerge.combine import Combiner
-from peft_himerge.conflict import Conflict, ConflictKind, Resolution, find, rank, resolve
+from peft_himerge.conflict import (
+    Conflict,
+    ConflictKind,
+    Resolution,
+    find,
+    rank,
+    resolve,
+    tries,
+)
 from peft_himerge.contribution import Contribution
 from peft_himerge.cost import estimate
 from peft_himerge.errors import ConfigError, ExportError
@@ -135,7 +143,7 @@ def started(
 def merged(
     rule: Rule, config: HiMergeConfig, made: Combiner | None = None, guards: Sequence[str] = ()
 ) -> tuple[Run, Table, list[Event]]:
-    run, heard = started(made or three(), config, guards)
+    run, heard = started(three() if made is None else made, config, guards)
     table = Table(rule)
     run.merge(table)  # type: ignore[arg-type]
     return run, table, heard
@@ -183,7 +191,9 @@ class ByHand:
 
             tried = search_edit(name, self.config, value, self.plan.adapters[name])
             self.trials += tried
-            self.plan = self.plan.with_adapter(name, best(tried).edit)
+            found = self.plan.with_adapter(name, best(tried).edit)
+            if self.config.search_target == "own" or self.wins(found, may_tie=True):
+                self.plan = found
 
     def scale_together(self) -> None:
         start, high = self.plan, -math.inf
@@ -225,7 +235,11 @@ class ByHand:
             same = published.fingerprint == start.fingerprint
             if self.config.accept == "always":
                 self.plan = published
-            elif not same and self.wins(published, may_tie=True):
+            elif self.config.accept == "never" or same:
+                pass
+            elif self.config.accept == "no_regression":
+                self.plan = published if self.mean(published) >= self.mean(start) else start
+            elif self.wins(published, may_tie=True):
                 self.plan = published
             if self.config.accept == "best":
                 for name in start.edits[layer]:
@@ -245,7 +259,7 @@ class ByHand:
     def wins(self, plan: MergePlan, *, may_tie: bool = False) -> bool:
         won = self.mean(plan) - self.mean(self.plan)
         assert isinstance(self.config.tolerance, float)
-        if self.config.accept == "best" and self.config.tolerance > 0.0:
+        if self.config.tolerance > 0.0:
             return won > self.config.tolerance
         return won >= 0.0 if may_tie else won > 0.0
 
@@ -253,6 +267,8 @@ class ByHand:
         self, conflict: Conflict, proposed: dict[str, Edit], start: MergePlan, published: MergePlan
     ) -> Resolution:
         """What is said of the layer: the paper's edit unless another one was made."""
+        if self.config.accept == "never":
+            return Resolution(conflict, proposed, accepted=False)
         checked = self.config.accept != "always"
         unchanged = self.plan.fingerprint == start.fingerprint
         if not checked or (unchanged and published.fingerprint == start.fingerprint):
@@ -277,7 +293,7 @@ class ByHand:
     scope=st.sampled_from(["model", "layer"]),
     layer_density=st.sampled_from([None, 1.0]),
     reanalyze=st.sampled_from(["once", "each"]),
-    accept=st.sampled_from(["always", "no_regression", "best"]),
+    accept=st.sampled_from(["always", "never", "no_regression", "best"]),
     partial=st.sampled_from(["degrader", "degraded"]),
     tolerance=st.sampled_from([0.0, 0.0, 0.125, 0.25]),
 )
@@ -604,14 +620,26 @@ def test_an_edit_by_degrees_must_rise_and_the_published_one_must_not_fall() -> N
     assert (resolution.before, resolution.after) == ({"a": 0.0, "b": 1.0}, {"a": 1.0, "b": 0.0})
 
 
-@pytest.mark.parametrize(("errors", "kept"), [("0.9se", True), ("1.1se", False)])
+@pytest.mark.parametrize(
+    ("errors", "tries", "won", "kept"),
+    [
+        ("0.9se", 1, 1.0, True),
+        ("1.1se", 1, 1.0, False),
+        ("0.9se", 1000, 1.0, True),
+        ("1.1se", None, 1.0, True),  # no more than an equal score is asked for
+        ("auto", 1, 1.1, True),  # one standard error at least
+        ("auto", 1, 0.9, False),
+        ("auto", 100, 3.1, True),  # sqrt(2 ln 100) = 3.03
+        ("auto", 100, 2.9, False),
+    ],
+)
 def test_climbing_keeps_what_wins_more_than_its_paired_standard_errors(
-    errors: str, kept: bool
+    errors: str, tries: int | None, won: float, kept: bool
 ) -> None:
     # Four examples per task: the change wins 0.5 in the mean of the tasks, with differences of
     # 0.5 ± c. The standard error of a task's difference is c / sqrt(3), of the mean of both
-    # c / sqrt(6).
-    c = 0.5 * 6**0.5
+    # c / sqrt(6); 0.5 is `won` of those.
+    c = 0.5 * 6**0.5 / won
     swing = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64) * c
     run, _ = started(three(), HiMergeConfig(density=1.0, scale=1.0, tolerance=errors))
     run.plan = run.combiner.plan({"a": IDENTITY, "b": IDENTITY})
@@ -620,7 +648,7 @@ def test_climbing_keeps_what_wins_more_than_its_paired_standard_errors(
     apart = torch.tensor([0.0, 10.0, 20.0, 40.0], dtype=torch.float64)
     table = Table(lambda task, state: apart + (0.5 + swing if state == changed else 0.0))
     table.begin("repair")
-    run._try(table, [changed], rise=True)  # type: ignore[arg-type]
+    run._try(table, [changed], tries, rise=True)  # type: ignore[arg-type]
     assert (run.plan == changed) is kept
 
 
@@ -631,7 +659,54 @@ def test_climbing_by_standard_errors_needs_examples() -> None:
     table = Table(lambda task, state: 1.0 if state == changed else 0.0)
     table.begin("repair")
     with pytest.raises(ConfigError, match="tolerance='1se' needs per-example scores"):
-        run._try(table, [changed])  # type: ignore[arg-type]
+        run._try(table, [changed], 1)  # type: ignore[arg-type]
+
+
+def test_the_search_keeps_an_edit_that_is_not_beaten_by_more_than_luck() -> None:
+    # Scale 0.5 of either adapter is better than 1, by 0.5 standard errors of a task's mean.
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+
+    def rule(task: str, state: MergePlan | str) -> Any:
+        assert isinstance(state, MergePlan)
+        halves = sum(edit.scale == 0.5 for edit in state.adapters.values())
+        whole = sum(edit.scale == 1.0 for edit in state.adapters.values())
+        return 0.25 * halves * (1.0 + 2.0 * noise) + 0.2 * whole
+
+    def scales(tolerance: float | str, **options: Any) -> list[float]:
+        made = {"density": 1.0, "accept": "never", "tolerance": tolerance, **options}
+        run, _, _ = merged(rule, HiMergeConfig(**made))
+        return [edit.scale for edit in run.plan.adapters.values()]
+
+    def of_one(tolerance: float | str) -> list[float]:
+        # Nothing is scaled together where only one adapter is there.
+        run, _, _ = merged(rule, HiMergeConfig(density=1.0, tolerance=tolerance), three(1))
+        return [edit.scale for edit in run.plan.adapters.values()]
+
+    assert of_one(0.0) == [0.5]
+    assert of_one(0.04) == [0.5]
+    assert of_one(0.06) == [1.0]
+    assert of_one("1se") == of_one("auto") == [1.0]
+    assert of_one("0.1se") == [0.5]
+    # All together they take the best one, without asking by how much.
+    assert scales("auto") == [0.5, 0.5]
+    # Alone on its own task each takes its best one too, as in the paper.
+    assert scales("auto", search_target="own") == [0.5, 0.5]
+
+
+def test_never_judges_the_layers_and_leaves_them_as_they_are() -> None:
+    fight = worth(a={"h.0/a": {1.0: 2.0}, "h.0/b": {1.0: -1.0}}, b={"h.0/b": {1.0: 1.0}})
+    run, resolution = treated(fight, "never")
+    assert resolution.conflict.kind is ConflictKind.PARTIAL
+    assert resolution.edits and not resolution.accepted
+    assert (resolution.before, resolution.after) == ({}, {})
+    assert run.plan.edits["h.0"] == {"a": IDENTITY, "b": IDENTITY}
+
+
+def test_the_number_of_edits_that_are_tried() -> None:
+    plan = three(3).plan(dict.fromkeys("abc", IDENTITY))
+    # One by the paper and three degrees of each adapter: of three, two and three adapters.
+    assert tries(plan) == (1 + 9) + (1 + 6) + (1 + 9)
+    assert tries(plan.with_adapter("c", DROP)) <= tries(plan)
 
 
 def test_a_layer_nobody_loses_in_is_left_alone() -> None:

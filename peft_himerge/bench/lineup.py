@@ -107,8 +107,7 @@ def _ablation(name: str, title: str, **changed: Any) -> Contender:
 
 
 ABLATIONS: tuple[Contender, ...] = (
-    # No gamma reaches this tolerance, so that no layer is edited.
-    _ablation("model_wise", "as published, model-wise only", tolerance=1e6),
+    _ablation("model_wise", "as published, model-wise only", accept="never"),
     _ablation("layer_wise", "as published, layer-wise only", density=1.0, scale=1.0),
     _ablation("scope_layer", "density per layer", prune_scope="layer"),
     _ablation("scope_module", "density per module", prune_scope="module"),
@@ -127,18 +126,10 @@ ABLATIONS: tuple[Contender, ...] = (
         accept="no_regression",
     ),
     _ablation("joint_every_gain", "joint, every gain counts", variant="joint", tolerance=0.0),
-    _ablation(
-        "joint_model", "joint, model-wise only", variant="joint", accept="always", tolerance=1e6
-    ),
+    _ablation("joint_model", "joint, model-wise only", variant="joint", accept="never"),
     _ablation("joint_layer", "joint, layer-wise only", variant="joint", density=1.0, scale=1.0),
     _ablation("focused_every_gain", "focused, every gain counts", variant="focused", tolerance=0.0),
-    _ablation(
-        "focused_model",
-        "focused, model-wise only",
-        variant="focused",
-        accept="always",
-        tolerance=1e6,
-    ),
+    _ablation("focused_model", "focused, model-wise only", variant="focused", accept="never"),
     _ablation("focused_pruned", "focused, density searched", variant="focused", density="search"),
 )
 """Hi-Merging with one option changed; run only if they are named, and ranked with nobody."""

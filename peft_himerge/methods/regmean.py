@@ -238,8 +238,10 @@ def _solver(total: Tensor, extra: float) -> Callable[[Tensor], Tensor]:
     wide = total.double()
     if extra > 0.0:
         wide.diagonal().add_(extra)
-        lower = torch.linalg.cholesky(wide)
-        return lambda rows: torch.cholesky_solve(rows.t(), lower).t()
+        lower, failed = torch.linalg.cholesky_ex(wide)
+        if not failed:
+            return lambda rows: torch.cholesky_solve(rows.t(), lower).t()
+        # Fewer rows than inputs, and off_diagonal near 1: the sums' rounding outweighs the ridge.
     values, vectors = torch.linalg.eigh(wide)
     fine = values > len(values) * torch.finfo(total.dtype).eps * values[-1].clamp(min=0.0)
     basis = vectors[:, fine]
