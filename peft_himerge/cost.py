@@ -200,9 +200,9 @@ def _repaired(
 ) -> int:
     """Return the most scores the repair takes.
 
-    Each layer is edited once, or never. What is known already is not paid for: before the first edit the
-    plan is the model-wise one, and unless accept="always" every plan was scored when it was
-    accepted.
+    Each layer is edited once, or never. What is known already is not paid for: before the first
+    edit the plan is the model-wise one, and unless accept="always" every plan was scored when it
+    was accepted.
     """
     if config.accept == "never":  # every plan that is asked for is known from the analysis
         return 0

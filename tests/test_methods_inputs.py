@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_himerge import merge_adapters
 from peft_himerge.errors import ConfigError
 from peft_himerge.merging import AdapterMerge
+from peft_himerge.methods import regmean as regmean_method
 from peft_himerge.methods.stack import named_generator
 
 TRIO = sorted(NAMES[:3])
@@ -155,6 +156,23 @@ def test_regmean_without_ridge_gives_the_least_norm_where_inputs_are_few() -> No
     away = torch.eye(24, dtype=torch.float64) - torch.linalg.pinv(x) @ x
     mean = sum(dense.d[module].values()) / 2
     torch.testing.assert_close(merge.delta(module) @ away, mean @ away, rtol=1e-4, atol=1e-4)
+
+
+def test_a_ridge_that_rounding_outweighs_is_raised() -> None:
+    # Two inputs seen of four, in float32: where there was none rounding leaves less than nothing.
+    names, rows = ["en", "zh"], torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
+    total = rows.t() @ rows - torch.diag(torch.tensor([0.0, 0.0, 1e-6, 3e-6]))
+    solve, extra = regmean_method._solver(total, 1e-8)
+    assert extra == pytest.approx(1e-5)
+    want = torch.linalg.inv(total.double() + extra * torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(solve(torch.eye(4, dtype=torch.float64)), want)
+    # A model in float32 and three tokens: no error, and a small ridge does as well as none.
+    model = peft_model("llama", 2).float()
+    inputs: Inputs = {
+        n: [{"input_ids": torch.tensor([[5 + i, 9, 11]])}] for i, n in enumerate(names)
+    }
+    merge = merge_adapters(model, names, "regmean", inputs=inputs, off_diagonal=1.0, ridge=1e-12)
+    assert all(bool(merge.delta(m.module).isfinite().all()) for m in merge.modules)
 
 
 def test_regmean_does_not_see_padding_nor_how_examples_are_batched() -> None:

@@ -697,7 +697,8 @@ def test_never_judges_the_layers_and_leaves_them_as_they_are() -> None:
     fight = worth(a={"h.0/a": {1.0: 2.0}, "h.0/b": {1.0: -1.0}}, b={"h.0/b": {1.0: 1.0}})
     run, resolution = treated(fight, "never")
     assert resolution.conflict.kind is ConflictKind.PARTIAL
-    assert resolution.edits and not resolution.accepted
+    assert resolution.edits
+    assert not resolution.accepted
     assert (resolution.before, resolution.after) == ({}, {})
     assert run.plan.edits["h.0"] == {"a": IDENTITY, "b": IDENTITY}
 

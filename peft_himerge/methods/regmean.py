@@ -97,8 +97,9 @@ def regmean(
         evidence: the live model and each task's batches; labels are not needed.
         off_diagonal: factor on the Gram matrices off their diagonal, in [0, 1]. 0.9 is the
             authors' usual one; 1 changes nothing, 0 weighs inputs one by one.
-        ridge: e as a share of the mean diagonal entry, >= 0; 0 takes the pseudo-inverse, with
-            singular values below in * eps of the largest as 0, and gives 0 where no input was.
+        ridge: e as a share of the mean diagonal entry, >= 0, raised tenfold as long as rounding
+            outweighs it; 0 takes the pseudo-inverse, with singular values below in * eps of the
+            largest as 0, and gives 0 where no input was.
         gram_gib: most GiB of Gram matrices at once (two per group); where it does not suffice the
             batches are run again for the modules left over.
 
@@ -218,8 +219,8 @@ def _solved(
     group: _Group, weights: Sequence[float], ridge: float
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield (module, per adapter the right factor H_i (rank, in) with D_i's share ``B_i H_i``)."""
-    extra = ridge * float(group.total.diagonal().double().mean())
-    solve = _solver(group.total, extra)
+    mean = float(group.total.diagonal().double().mean())
+    solve, extra = _solver(group.total, ridge * mean)
     nothing = not bool(group.total.diagonal().any())
     for stack in group.stacks:
         own = []
@@ -233,20 +234,26 @@ def _solved(
         yield stack.module, own
 
 
-def _solver(total: Tensor, extra: float) -> Callable[[Tensor], Tensor]:
-    """Return what multiplies rows (any, in), float64, by the inverse of ``total + extra I``."""
+def _solver(total: Tensor, extra: float) -> tuple[Callable[[Tensor], Tensor], float]:
+    """Return what multiplies rows (any, in), float64, by the inverse of ``total + extra I``.
+
+    And `extra`, which is raised tenfold as long as the rounding of the sums outweighs it: with
+    fewer rows than inputs, and off_diagonal near 1, it is all that keeps the matrix from being
+    singular.
+    """
     wide = total.double()
     if extra > 0.0:
-        wide.diagonal().add_(extra)
-        lower, failed = torch.linalg.cholesky_ex(wide)
-        if not failed:
-            return lambda rows: torch.cholesky_solve(rows.t(), lower).t()
-        # Fewer rows than inputs, and off_diagonal near 1: the sums' rounding outweighs the ridge.
+        eye = torch.eye(len(wide)).to(wide)
+        lower, failed = torch.linalg.cholesky_ex(wide + extra * eye)
+        while failed:
+            extra *= 10.0
+            lower, failed = torch.linalg.cholesky_ex(wide + extra * eye)
+        return (lambda rows: torch.cholesky_solve(rows.t(), lower).t()), extra
     values, vectors = torch.linalg.eigh(wide)
     fine = values > len(values) * torch.finfo(total.dtype).eps * values[-1].clamp(min=0.0)
     basis = vectors[:, fine]
     inverse = (basis / values[fine]) @ basis.t()
-    return lambda rows: rows @ inverse
+    return (lambda rows: rows @ inverse), 0.0
 
 
 def _run(
