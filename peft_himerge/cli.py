@@ -232,7 +232,8 @@ def plan_cost(
     elif adapter:
         _needs_recipe(include_path)
         config = HiMergeConfig(**_options(option or []))
-        print_cost(Console(), preview(base, _adapters(adapter), config, guard or []))
+        found = preview(base, _adapters(adapter), config, guard or [])
+        print_cost(Console(), found, focus=config.focus)
     else:
         raise typer.BadParameter("give a recipe, or --adapter (once per adapter)")
 

@@ -153,9 +153,7 @@ def plan_recipe(
     recipe, screen = examined.recipe, Console()
     _warn(Console(stderr=True), examined)
     if examined.cost is not None:
-        print_cost(screen, examined.cost)
-        if hi_config(recipe).focus:
-            screen.print("focus: it runs the model on each adapter's rows twice before")
+        print_cost(screen, examined.cost, focus=hi_config(recipe).focus)
     elif examined.inputs:
         rows = sum(len(made.rows) for made in examined.inputs.values())
         screen.print(
@@ -180,7 +178,7 @@ def plan_recipe(
         )
 
 
-def print_cost(screen: Console, found: Preview) -> None:
+def print_cost(screen: Console, found: Preview, *, focus: bool) -> None:
     """Print what a merge costs at most, step by step."""
     for name in found.zero:
         screen.print(f"adapter {name!r} has no effect: its task is a guard", markup=False)
@@ -191,6 +189,8 @@ def print_cost(screen: Console, found: Preview) -> None:
         f"All this takes about as long as {times:.0f} full scores.",
         soft_wrap=True,
     )
+    if focus:
+        screen.print("focus: it runs the model on each adapter's rows twice before")
 
 
 def _cost_table(cost: Cost) -> Table:

@@ -19,6 +19,7 @@ __all__ = [
     "AdapterSaved",
     "ContributionsMeasured",
     "Event",
+    "FocusStarted",
     "LayerResolved",
     "Listener",
     "MergeFinished",
@@ -46,6 +47,13 @@ class RoundStarted:
     global_step: int | None = None
     epoch: float | None = None
     best_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FocusStarted:
+    """Before the run begins, the adapters are focused on their tasks' inputs; no scores yet."""
+
+    adapters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +147,8 @@ class AdapterSaved:
 
 
 Event = (
-    MergeStarted
+    FocusStarted
+    | MergeStarted
     | StateScored
     | ContributionsMeasured
     | LayerResolved

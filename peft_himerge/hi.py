@@ -16,7 +16,7 @@ from .config import HiMergeConfig
 from .cost import Cost
 from .engine import Engine
 from .errors import ConfigError, HiMergeError, JournalError
-from .events import Listener, MergeFinished
+from .events import FocusStarted, Listener, MergeFinished
 from .factors import Adapter
 from .focus import focused_parts, recalled, refocused, remember
 from .identity import base_digest
@@ -100,8 +100,8 @@ def merge_adapters_hi(
         names = _check_names(adapters, eval_fns)
         config.check_names(names, list(eval_fns))
         check_search(config)
-        read = _read(team, model, names, eval_fns if config.focus else None)
         listeners = tuple(callbacks) if team.main else ()
+        read = _read(team, model, names, eval_fns if config.focus else None, listeners)
         run = Run(Combiner(read), _tasks(read, eval_fns, config), config, listeners)
         probe = _probe(model, run.combiner, config)
         with (
@@ -135,15 +135,23 @@ def merge_adapters_hi(
 
 
 def _read(
-    team: Team, model: PeftModel, names: list[str], shown: Mapping[str, EvalFn] | None
+    team: Team,
+    model: PeftModel,
+    names: list[str],
+    shown: Mapping[str, EvalFn] | None,
+    listeners: Sequence[Listener],
 ) -> list[Adapter]:
     """Return the adapters, focused on what `shown` gives the model, alike on every process."""
     read = read_adapters(model, names)
     common_base(read)
     if shown is None:
         return read
-    inputs = {name: shown[name] for name in names}
-    parts = focused_parts(model, list(inputs), inputs) if team.main else None
+    parts = None
+    if team.main:
+        for listener in listeners:
+            with heard():
+                listener(FocusStarted(tuple(names)))
+        parts = focused_parts(model, names, {name: shown[name] for name in names})
     parts = team.first("the focused adapters", None, parts)
     assert parts is not None
     found = [refocused(adapter, parts[adapter.name]) for adapter in read]

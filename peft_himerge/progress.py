@@ -14,7 +14,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .events import Event, LayerResolved, MergeFinished, MergeStarted, StateScored
+from .events import (
+    Event,
+    FocusStarted,
+    LayerResolved,
+    MergeFinished,
+    MergeStarted,
+    StateScored,
+)
 
 __all__ = ["ProgressBar"]
 
@@ -57,7 +64,10 @@ class ProgressBar:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        if isinstance(event, MergeStarted):
+        if isinstance(event, FocusStarted):
+            text = f"focusing {', '.join(event.adapters)}"
+            self._progress.update(self._bar, description=text)
+        elif isinstance(event, MergeStarted):
             self._progress.update(self._bar, total=event.scores)
         elif isinstance(event, StateScored):
             text = f"{_STAGES[event.stage]}: {event.task}"

@@ -27,6 +27,7 @@ from peft_himerge import (
 from peft_himerge.adapters import read_adapters
 from peft_himerge.combine import Combiner
 from peft_himerge.errors import AdapterError, ConfigError, PlanError
+from peft_himerge.events import FocusStarted, MergeStarted
 from peft_himerge.page import parse_report, render_page
 from peft_himerge.plan import IDENTITY
 from peft_himerge.recording import record
@@ -249,8 +250,11 @@ def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> 
     fns = eval_fns(kind, TRIO, 6)
     before = snapshot(model)
     config = HiMergeConfig(variant="focused", **OPTIONS)
-    result = merge_adapters_hi(model, TRIO, fns, config=config)
+    heard: list[object] = []
+    result = merge_adapters_hi(model, TRIO, fns, config=config, callbacks=[heard.append])
     assert moved(before, snapshot(model, but="merged")) == []
+    assert heard[0] == FocusStarted(tuple(TRIO))
+    assert isinstance(heard[1], MergeStarted)
     assert set(result.plan.adapters) == set(result.scores["merged"]) == set(TRIO)
 
     made = focus_adapters(other, TRIO, fns)

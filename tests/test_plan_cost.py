@@ -325,7 +325,14 @@ def test_plan_command_prints_every_step_and_writes_nothing(folders: Path) -> Non
         "total": [cost.scores, cost.naive_blocks, cost.shared_blocks],
     }
     assert "5 layers are judged; a full score runs 4 blocks" in done.stdout
+    assert "focus" not in done.stdout
     assert sorted(folders.rglob("*")) == before
+
+
+def test_plan_command_tells_what_the_focus_takes(folders: Path) -> None:
+    done = plan_command(folders, "--set", "variant=focused")
+    assert done.returncode == 0, done.stderr
+    assert "focus: it runs the model on each adapter's rows twice before" in done.stdout
 
 
 def test_plan_command_refuses_like_the_merge(folders: Path) -> None:
