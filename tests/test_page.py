@@ -264,6 +264,23 @@ def test_share_kept_is_of_what_the_adapter_wins_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("exported", "focus", "said"),
+    [(0.6, False, True), (0.95, False, False), (0.6, True, False)],
+)
+def test_a_merge_that_costs_much_says_what_may_help(
+    exported: float, focus: bool, said: bool
+) -> None:
+    facts = reports.facts()
+    for state in ("base", *facts["plan"]["adapters"], "exported"):
+        for task in facts["scores"][state]:
+            alone = {"base": 0.2, task: 1.0, "exported": exported}
+            facts["scores"][state][task] = alone.get(state, 0.2)
+    facts["options"]["focus"] = focus
+    shown = render_page(parse_report(facts))
+    assert ("50% of what the adapters win alone is lost by merging" in shown) is said
+
+
+@pytest.mark.parametrize(
     ("labels", "want"),
     [
         (["model.layers.0", "model.layers.10"], ["0", "10"]),
