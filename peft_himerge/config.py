@@ -21,7 +21,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "joint": {"search_target": "merged", "accept": "best", "tolerance": "auto"},
     "focused": {
         **{"search_target": "merged", "accept": "best", "tolerance": "auto"},
-        **{"focus": True, "density": 1.0},
+        **{"focus": True, "density": 1.0, "search": "together"},
     },
 }
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
@@ -34,8 +34,8 @@ class HiMergeConfig(BaseModel):
         variant: where `search_target`, `accept` and `tolerance` come from if they are not given:
             "joint" (ours, default) decides everything by the mean score of the merged model:
             densities and scales, and then, layer by layer, what repairs it beyond the noise;
-            "focused" (ours) does so with focused adapters, which it prunes no further (`focus`,
-            `density`); "paper" is Hi-Merging as published.
+            "focused" (ours) does so with focused adapters, which it prunes no further and scales
+            together (`focus`, `density`, `search`); "paper" is Hi-Merging as published.
         focus: merge, in place of each adapter, the part of it that acts on its own task's inputs
             (`focus_adapters`): what the adapter's eval function gives the model, once, before the
             merge. The result is far better where adapters hurt each other. What was merged is
@@ -49,7 +49,8 @@ class HiMergeConfig(BaseModel):
         prune_scope: what density counts over: "model" (paper), "layer" or "module" (mergekit).
         search: "grid" scores density and scale over 0.1..1.0 in steps of 0.1, 100 scores per
             adapter (paper); "coarse" takes at most 12; "optuna" lets Optuna's TPE choose among the
-            grid's points, after density 1 and scale 1, until `search_budget` are scored.
+            grid's points, after density 1 and scale 1, until `search_budget` are scored;
+            "together" looks for one scale of all adapters, and leaves the density as it is given.
         search_budget: most points per adapter that search="optuna" scores, each once on the task
             or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
@@ -67,13 +68,12 @@ class HiMergeConfig(BaseModel):
             itself (default), or the "degraded", which loses.
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
             for tasks with unlike metrics.
-        tolerance: a gamma of less than this magnitude counts as 0; and what was tried on the merged
-            model takes the place of what it began with only if it wins more than this (a search of
-            one adapter after the other, accept="best"): a number, 0 in the paper; or in its own
-            (paired) standard errors, as "2se" (needs eval functions that return per-example
-            scores); or "auto", 0 without per-example scores, else one standard error for a gamma,
-            and sqrt(2 ln n) where the best of n is taken, which the best of n that change nothing
-            seldom reaches (Donoho and Johnstone 1994, the universal threshold).
+        tolerance: a gamma of less than this magnitude counts as 0, and accept="best" keeps only
+            what wins more than this: a number, 0 in the paper; or in its own (paired) standard
+            errors, as "2se" (needs eval functions that return per-example scores); or "auto": 0
+            without per-example scores, else one standard error for a gamma, and sqrt(2 ln n) for
+            the n edits that accept="best" tries, which the best of n that change nothing seldom
+            reaches (Donoho and Johnstone 1994, the universal threshold).
         metric: which entry of a dict of metrics is the score: one name, or one per task.
         rank: rank of the exported adapter: a number; a share of the delta's energy (squared
             Frobenius norm) as a float below 1; "exact"; or "auto", which is "exact" where nothing
@@ -102,7 +102,7 @@ class HiMergeConfig(BaseModel):
     layer_density: Density | None = None
     layer_scale: Scale | None = None
     prune_scope: Literal["model", "layer", "module"] = "model"
-    search: Literal["coarse", "grid", "optuna"] = "coarse"
+    search: Literal["coarse", "grid", "optuna", "together"] = "coarse"
     search_budget: Annotated[int, Field(ge=1)] | None = None
     search_target: Literal["own", "merged"] = "merged"
     reanalyze: Literal["once", "each"] = "once"
@@ -189,6 +189,17 @@ class HiMergeConfig(BaseModel):
         if self.search_budget is not None and self.search != "optuna":
             raise ValueError(
                 "search_budget is read by search='optuna' alone; leave it out, or choose that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _together_is_of_the_merged(self) -> HiMergeConfig:
+        if self.search == "together" and self.scale == "search" and self.search_target == "own":
+            raise ValueError("search='together' scales the merged model: search_target='merged'")
+        if self.search == "together" and self.density == "search":
+            raise ValueError(
+                "search='together' looks for a scale: give density as a number, or choose another "
+                "search, e.g. 'coarse'"
             )
         return self
 

@@ -18,7 +18,7 @@ from .events import ContributionsMeasured, Event, LayerResolved, Listener, Merge
 from .interrupts import heard
 from .plan import DROP, Edit, MergePlan
 from .scoring import Score, Task, difference
-from .search import GRID, Trial, best, budget, search_edit, together
+from .search import GRID, Trial, best, search_edit, together
 
 __all__ = ["Run"]
 
@@ -124,7 +124,8 @@ class Run:
         """Choose each adapter's density and scale (DESIGN 1.1)."""
         own_only = self.config.search_target == "own"
         self._scale_together(engine)
-        tries = budget(self.config) * len(self.own)
+        if self.config.search == "together":
+            return
         for name in self.own:
             if self.config.search == "optuna" and self.config.density == "search":
                 # It asks for few densities at a time; one pass over the deltas cuts for all.
@@ -143,9 +144,7 @@ class Run:
 
             trials = search_edit(name, self.config, value, self.plan.adapters[name])
             self.trials.extend(trials)
-            chosen = self.plan.with_adapter(name, best(trials).edit)
-            if own_only or self._beats(engine, chosen, tries):
-                self.plan = chosen
+            self.plan = self.plan.with_adapter(name, best(trials).edit)
 
     def _scale_together(self, engine: Engine) -> None:
         """Give all adapters the one scale that suits the merged model best, if any is searched."""

@@ -5,7 +5,8 @@ Source: Hi-Merging searches both over 0.1..1.0 in steps of 0.1 on the adapter's 
 "optuna" asks Optuna's TPE for points of the grid, within a budget, from density 1 and scale 1 on.
 On the merged model scales above 1 are tried too (ours): an adapter that the others drown needs more
 of itself than it does alone. And all adapters are scaled together first: what only one gets more of
-the others lose by, so that one by one none may rise although all of them should.
+the others lose by, so that one by one none may rise although all of them should. "together" leaves
+it at that: of few scores along one smooth line hardly any best one is luck.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def best(trials: Sequence[Trial]) -> Trial:
 
 def together(config: HiMergeConfig, adapters: int) -> tuple[float, ...]:
     """Return the scales that all adapters are given at once before any is searched; () for none."""
-    if adapters < 2 or config.scale != "search" or config.search_target == "own":
+    if config.scale != "search" or config.search_target == "own":
+        return ()
+    if adapters < 2 and config.search != "together":
         return ()
     return _COARSE_MERGED
 
@@ -51,7 +54,7 @@ def together(config: HiMergeConfig, adapters: int) -> tuple[float, ...]:
 def budget(config: HiMergeConfig) -> int:
     """Return the most scores one adapter's search takes, without those of `together`."""
     free = ("search" == config.density) + ("search" == config.scale)
-    if free == 0:
+    if free == 0 or config.search == "together":
         return 0
     points = 1
     for option, values in (("density", GRID), ("scale", _scales(config))):

@@ -94,6 +94,9 @@ def test_value_that_is_allowed_is_kept(options: dict[str, Any]) -> None:
         ({"search_target": "all"}, "search_target"),
         ({"reanalyze": True}, "reanalyze"),
         ({"accept": "maybe"}, "accept.*'always'"),
+        ({"search": "together"}, "search='together' looks for a scale: give density"),
+        ({"variant": "focused", "density": "search"}, "search='together' looks for a scale"),
+        ({"variant": "paper", "search": "together", "density": 1.0}, "search_target='merged'"),
         ({"partial_target": "both"}, "partial_target"),
         ({"normalize": "max"}, "normalize"),
         ({"strategy": "swap"}, "strategy"),
@@ -189,7 +192,7 @@ def test_metrics_given_per_task_must_be_the_tasks() -> None:
     assert str(caught.value) == "metric names the task 'en'. Did you mean 'enn'? Allowed: enn."
 
 
-FOCUSED = {"focus": True, "density": 1.0}
+FOCUSED = {"focus": True, "density": 1.0, "search": "together"}
 
 
 def test_variant_fills_in_what_is_not_given() -> None:

@@ -151,14 +151,8 @@ def test_a_merge_left_to_itself_is_named_merged_and_searches_as_configured() -> 
     assert result.adapter_name == "merged"
     assert result.options == HiMergeConfig().model_dump()
     assert {trial.adapter for trial in result.search} == {"zh"}
-    # What its few examples would have chosen does not win more than luck does: it stays as it was.
-    best = max(result.search, key=lambda t: t.value).edit
-    assert result.plan.adapters["zh"] == IDENTITY != best
+    assert result.plan.adapters["zh"] == max(result.search, key=lambda t: t.value).edit
     assert result.scores_computed >= len(result.search)
-    every = HiMergeConfig(tolerance=0.0)
-    again = merge_adapters_hi(net("zh"), ["zh"], tasks("zh"), config=every)
-    assert again.search == result.search
-    assert again.plan.adapters["zh"] == best
 
 
 @pytest.mark.parametrize(("rank", "want"), [(1, 1), (3, 3), ("exact", 4), ("auto", 4)])

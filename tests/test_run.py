@@ -191,9 +191,7 @@ class ByHand:
 
             tried = search_edit(name, self.config, value, self.plan.adapters[name])
             self.trials += tried
-            found = self.plan.with_adapter(name, best(tried).edit)
-            if self.config.search_target == "own" or self.wins(found, may_tie=True):
-                self.plan = found
+            self.plan = self.plan.with_adapter(name, best(tried).edit)
 
     def scale_together(self) -> None:
         start, high = self.plan, -math.inf
@@ -662,35 +660,18 @@ def test_climbing_by_standard_errors_needs_examples() -> None:
         run._try(table, [changed], 1)  # type: ignore[arg-type]
 
 
-def test_the_search_keeps_an_edit_that_is_not_beaten_by_more_than_luck() -> None:
-    # Scale 0.5 of either adapter is better than 1, by 0.5 standard errors of a task's mean.
-    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-
-    def rule(task: str, state: MergePlan | str) -> Any:
-        assert isinstance(state, MergePlan)
-        halves = sum(edit.scale == 0.5 for edit in state.adapters.values())
-        whole = sum(edit.scale == 1.0 for edit in state.adapters.values())
-        return 0.25 * halves * (1.0 + 2.0 * noise) + 0.2 * whole
-
-    def scales(tolerance: float | str, **options: Any) -> list[float]:
-        made = {"density": 1.0, "accept": "never", "tolerance": tolerance, **options}
-        run, _, _ = merged(rule, HiMergeConfig(**made))
-        return [edit.scale for edit in run.plan.adapters.values()]
-
-    def of_one(tolerance: float | str) -> list[float]:
-        # Nothing is scaled together where only one adapter is there.
-        run, _, _ = merged(rule, HiMergeConfig(density=1.0, tolerance=tolerance), three(1))
-        return [edit.scale for edit in run.plan.adapters.values()]
-
-    assert of_one(0.0) == [0.5]
-    assert of_one(0.04) == [0.5]
-    assert of_one(0.06) == [1.0]
-    assert of_one("1se") == of_one("auto") == [1.0]
-    assert of_one("0.1se") == [0.5]
-    # All together they take the best one, without asking by how much.
-    assert scales("auto") == [0.5, 0.5]
-    # Alone on its own task each takes its best one too, as in the paper.
-    assert scales("auto", search_target="own") == [0.5, 0.5]
+@pytest.mark.parametrize("n", [1, 2])
+def test_together_looks_for_one_scale_of_all_adapters(n: int) -> None:
+    # b alone would like 1.5, and both together win most at 1.25.
+    at = {0.3: 0.1, 0.5: 0.2, 0.7: 0.3, 1.0: 0.5, 1.25: 0.6, 1.5: 0.4}
+    rule = worth(a={"h.0/a": at}, b={"h.0/b": {**at, 1.5: 0.7}})
+    config = HiMergeConfig(density=0.8, search="together", accept="never")
+    run, table, _ = merged(rule, config, three(n))
+    assert run.model_wise.adapters == dict.fromkeys("ab"[:n], Edit(0.8, 1.25))
+    assert [trial.edit.scale for trial in run.trials] == sorted([*at] * n)
+    spent = sum(len(new) for step, new in table.batches if step == "search")
+    assert spent == 6 * n  # every scale on every task
+    assert {step.name: step.scores for step in run.cost().steps}["search"] == 6 * n
 
 
 def test_never_judges_the_layers_and_leaves_them_as_they_are() -> None:
