@@ -130,7 +130,14 @@ ABLATIONS: tuple[Contender, ...] = (
     _ablation("joint_layer", "joint, layer-wise only", variant="joint", density=1.0, scale=1.0),
     _ablation("focused_every_gain", "focused, every gain counts", variant="focused", tolerance=0.0),
     _ablation("focused_model", "focused, model-wise only", variant="focused", accept="never"),
-    _ablation("focused_pruned", "focused, density searched", variant="focused", density="search"),
+    _ablation("focused_each", "focused, scaled one by one", variant="focused", search="coarse"),
+    _ablation(
+        "focused_pruned",
+        "focused, density searched",
+        variant="focused",
+        density="search",
+        search="coarse",
+    ),
 )
 """Hi-Merging with one option changed; run only if they are named, and ranked with nobody."""
 
