@@ -16,14 +16,14 @@ __all__ = ["VARIANTS", "HiMergeConfig"]
 
 Density = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0.0, le=MOST_SCALE, allow_inf_nan=False)]
+_AS_IT_IS = {"focus": False, "density": "search", "search": "coarse"}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"search_target": "own", "accept": "always", "tolerance": 0.0},
-    "joint": {"search_target": "merged", "accept": "best", "tolerance": "auto"},
-    "focused": {
-        **{"search_target": "merged", "accept": "best", "tolerance": "auto"},
-        **{"focus": True, "density": 1.0, "search": "together"},
-    },
+    "paper": {**_AS_IT_IS, "search_target": "own", "accept": "always", "tolerance": 0.0},
+    "joint": _AS_IT_IS,
+    "focused": {},  # the fields' own defaults
 }
+# Who says how adapters are pruned and scaled means them as they are.
+_BY_HAND = frozenset(("density", "scale", "search_budget", "search_target", "prune_scope"))
 _SE = re.compile(r"^(\d+(?:\.\d+)?)se$")
 
 
@@ -31,15 +31,19 @@ class HiMergeConfig(BaseModel):
     """Options of `merge_adapters_hi`; frozen.
 
     Attributes:
-        variant: where `search_target`, `accept` and `tolerance` come from if they are not given:
-            "joint" (ours, default) decides everything by the mean score of the merged model:
-            densities and scales, and then, layer by layer, what repairs it beyond the noise;
-            "focused" (ours) does so with focused adapters, which it prunes no further and scales
-            together (`focus`, `density`, `search`); "paper" is Hi-Merging as published.
+        variant: where `focus`, `density`, `search`, `search_target`, `accept` and `tolerance` come
+            from if they are not given. "focused" (ours, default) focuses the adapters on their own
+            tasks' inputs, prunes them no further, scales them together by the mean score of the
+            merged model, and then repairs it layer by layer where that wins beyond the noise.
+            "joint" (ours) takes the adapters as they are, looks at scores alone, and searches each
+            one's density and scale by the merged model's mean score; it is the default if
+            `density`, `scale`, another `search`, `search_budget`, `search_target`, `prune_scope` or
+            ``focus=False`` is given. "paper" is Hi-Merging as published.
         focus: merge, in place of each adapter, the part of it that acts on its own task's inputs
             (`focus_adapters`): what the adapter's eval function gives the model, once, before the
             merge. The result is far better where adapters hurt each other. What was merged is
             written to the folder `focused` beside the result, and the plan is one for those.
+            One adapter is left as it is.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
             or "search" (on the adapter's own task). DESIGN 1.1.
         scale: factor s on what was kept, in [0, 10,000]: one number, one per adapter, or "search".
@@ -47,10 +51,10 @@ class HiMergeConfig(BaseModel):
             layer's entries; None is half of the adapter's density (paper). DESIGN 1.4.
         layer_scale: further factor s_l in such a layer; None is half of the adapter's scale.
         prune_scope: what density counts over: "model" (paper), "layer" or "module" (mergekit).
-        search: "grid" scores density and scale over 0.1..1.0 in steps of 0.1, 100 scores per
-            adapter (paper); "coarse" takes at most 12; "optuna" lets Optuna's TPE choose among the
-            grid's points, after density 1 and scale 1, until `search_budget` are scored;
-            "together" looks for one scale of all adapters, and leaves the density as it is given.
+        search: "together" (default) looks for one scale of all adapters, and leaves the density as
+            it is given; "grid" scores density and scale over 0.1..1.0 in steps of 0.1, 100 scores
+            per adapter (paper); "coarse" takes at most 12; "optuna" lets Optuna's TPE choose among
+            the grid's points, after density 1 and scale 1, until `search_budget` are scored.
         search_budget: most points per adapter that search="optuna" scores, each once on the task
             or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
@@ -95,14 +99,14 @@ class HiMergeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    variant: Literal["paper", "joint", "focused"] = "joint"
-    focus: Annotated[bool, Field(strict=True)] = False
-    density: Density | dict[str, Density] | Literal["search"] = "search"
+    variant: Literal["paper", "joint", "focused"] = "focused"
+    focus: Annotated[bool, Field(strict=True)] = True
+    density: Density | dict[str, Density] | Literal["search"] = 1.0
     scale: Scale | dict[str, Scale] | Literal["search"] = "search"
     layer_density: Density | None = None
     layer_scale: Scale | None = None
     prune_scope: Literal["model", "layer", "module"] = "model"
-    search: Literal["coarse", "grid", "optuna", "together"] = "coarse"
+    search: Literal["together", "coarse", "grid", "optuna"] = "together"
     search_budget: Annotated[int, Field(ge=1)] | None = None
     search_target: Literal["own", "merged"] = "merged"
     reanalyze: Literal["once", "each"] = "once"
@@ -123,7 +127,7 @@ class HiMergeConfig(BaseModel):
         if unknown:
             hint = suggest(unknown[0], type(self).model_fields)
             raise ConfigError(f"unknown option {unknown[0]!r} of HiMergeConfig.{hint}")
-        variant = options.get("variant", type(self).model_fields["variant"].default)
+        variant = options.setdefault("variant", _variant(options))
         preset = VARIANTS.get(variant, {}) if isinstance(variant, str) else {}
         try:
             super().__init__(**{**preset, **options})
@@ -257,6 +261,13 @@ class HiMergeConfig(BaseModel):
             for name in self.metric:
                 if name not in tasks:
                     raise ConfigError(f"metric names the task {name!r}.{suggest(name, tasks)}")
+
+
+def _variant(options: Mapping[str, Any]) -> str:
+    """Return the variant that goes with these options."""
+    other_search = options.get("search", "together") != "together"
+    by_hand = other_search or options.get("focus") is False or not _BY_HAND.isdisjoint(options)
+    return "joint" if by_hand else "focused"
 
 
 def _readable(exc: ValidationError) -> str:

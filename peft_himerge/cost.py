@@ -33,7 +33,7 @@ class Step:
     """One step of a merge; all numbers are upper bounds.
 
     Attributes:
-        name: "base", "search", "alone", "analysis", "repair", "merged" or "exported".
+        name: "base", "search", "sources", "alone", "analysis", "repair", "merged" or "exported".
         stage: what the scores are reported as (`events.StateScored.stage`).
         scores: calls of eval functions.
         naive_blocks: block-forwards if every score runs in full.
@@ -171,8 +171,13 @@ def estimate(
         # The edit that wins was scored by the search already.
         won = [(t, plan) for t in tasks] if merged else [(t, plan.solo(t)) for t in own]
         walk.know(won)
-    alone = [(task, state) for state in map(plan.solo, own) for task in tasks]
-    steps.append(walk.take("alone", "states", [*alone, *((task, plan) for task in tasks)]))
+    merging = [(task, plan) for task in tasks]
+    if config.focus and len(own) > 1:  # the user's adapters, not the parts of them that are merged
+        steps.append(walk.at_most("sources", "states", len(own) * len(tasks), tasks))
+        steps.append(walk.take("alone", "states", merging))
+    else:
+        alone = [(task, state) for state in map(plan.solo, own) for task in tasks]
+        steps.append(walk.take("alone", "states", [*alone, *merging]))
     if len(own) > 1:
         wanted = [request for task in own for request in states(task, plan, list(layers))]
         steps.append(walk.take("analysis", "analysis", wanted))

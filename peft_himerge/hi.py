@@ -29,12 +29,13 @@ from .probe import Probe, preserved
 from .processes import Team, together
 from .randomness import capture, install
 from .reached import Reached
+from .request import check_present
 from .result import MergeResult, ModuleError
 from .run import Run
 from .scoring import EvalFn, Score, Task, check_eval_fns
 from .search import check_search
 
-__all__ = ["apply_plan", "merge_adapters_hi", "score_plans"]
+__all__ = ["apply_plan", "merge_adapters_hi", "read_sources", "score_plans"]
 
 
 @held()
@@ -54,10 +55,10 @@ def merge_adapters_hi(
     task alone and after merging, and repair the layers where merging hurts. No training, no
     training data; only the eval functions.
 
-    Source: Hi-Merging (ACL 2025, arXiv 2506.12379). Where we differ from the paper's text: the
-    mean score of the merged model decides density, scale and every repair, unless the options
-    say ``variant="paper"``; density and scale are searched with few scores per adapter unless
-    `search` says so; with one adapter the analysis is skipped (nothing can conflict).
+    Source: Hi-Merging (ACL 2025, arXiv 2506.12379). Where we differ from the paper's text, unless
+    the options say ``variant="paper"``: each adapter is first focused on what its own eval function
+    gives the model, and is not pruned; the mean score of the merged model decides the scale and
+    every repair. With one adapter nothing is focused or analysed (nothing can conflict).
 
     Args:
         model: a PeftModel with the adapters loaded; comes back bit-identical but for the new
@@ -101,7 +102,7 @@ def merge_adapters_hi(
         config.check_names(names, list(eval_fns))
         check_search(config)
         listeners = tuple(callbacks) if team.main else ()
-        read = _read(team, model, names, eval_fns if config.focus else None, listeners)
+        read = read_sources(model, names, eval_fns if config.focus else None, team, listeners)
         run = Run(Combiner(read), _tasks(read, eval_fns, config), config, listeners)
         probe = _probe(model, run.combiner, config)
         with (
@@ -134,17 +135,25 @@ def merge_adapters_hi(
     return result
 
 
-def _read(
-    team: Team,
+def read_sources(
     model: PeftModel,
-    names: list[str],
+    names: Sequence[str],
     shown: Mapping[str, EvalFn] | None,
-    listeners: Sequence[Listener],
+    team: Team,
+    listeners: Sequence[Listener] = (),
 ) -> list[Adapter]:
-    """Return the adapters, focused on what `shown` gives the model, alike on every process."""
+    """Return the adapters that a merge starts from, alike on every process.
+
+    Args:
+        model: holds the adapters; comes back as it was.
+        names: the adapters. Of one alone nothing is taken away.
+        shown: adapter -> eval function whose inputs it is focused on; None takes it as it is.
+        team: the processes that all call this.
+        listeners: hear of the start.
+    """
     read = read_adapters(model, names)
     common_base(read)
-    if shown is None:
+    if shown is None or len(read) < 2:
         return read
     parts = None
     if team.main:
@@ -231,18 +240,18 @@ def apply_plan(
 def score_plans(
     model: PeftModel,
     adapters: Sequence[str],
-    plans: Mapping[str, MergePlan],
+    plans: Mapping[str, MergePlan | str],
     eval_fns: Mapping[str, EvalFn],
     *,
     config: HiMergeConfig | None = None,
     callbacks: Sequence[Listener] = (),
 ) -> dict[str, dict[str, Score]]:
-    """Score several plans, each on every task, and leave the model as it was.
+    """Score several plans or adapters, each on every task, and leave the model as it was.
 
     Args:
         model: a PeftModel that holds the adapters.
         adapters: names of all adapters that the plans merge; for focused ones see `apply_plan`.
-        plans: any name -> plan.
+        plans: any name -> plan, or the name of an adapter in the model, which PEFT itself runs.
         eval_fns: task -> function of the model; tasks need not be adapters here.
         config: metric, strategy and prefix_cache_gb are read.
         callbacks: called with a `StateScored` per score.
@@ -257,9 +266,11 @@ def score_plans(
     config = config or HiMergeConfig()
     names = _check_names(adapters, None)
     config.check_names(names, list(eval_fns))
-    sources = {name: digest for plan in plans.values() for name, digest in plan.sources.items()}
+    check_present(model, [state for state in plans.values() if isinstance(state, str)])
+    merges = [plan for plan in plans.values() if isinstance(plan, MergePlan)]
+    sources = {name: digest for plan in merges for name, digest in plan.sources.items()}
     combiner = Combiner(recalled(model, read_adapters(model, names), sources))
-    for plan in plans.values():
+    for plan in merges:
         combiner.check(plan)
     tasks = {name: Task(name, fn, config.metric_of(name)) for name, fn in eval_fns.items()}
     probe = _probe(model, combiner, config)
@@ -269,7 +280,7 @@ def score_plans(
         with probe:
             cost = Cost.flat(len(plans) * len(tasks))
             engine = Engine(probe, tasks, run.emit, cost, team=team)
-            requests = [(task, plan) for plan in plans.values() for task in tasks]
+            requests = [(task, state) for state in plans.values() for task in tasks]
             scores = iter(engine.score_many(requests))
         return {name: {task: next(scores) for task in tasks} for name in plans}
 

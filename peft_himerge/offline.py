@@ -153,15 +153,10 @@ def _check_arguments(
     if target.exists() and not target.is_dir():
         raise ConfigError(f"out {str(target)!r} is a file; give a folder.")
     if plan is None:
-        if config is not None and config.focus:
+        if config is None or config.searches() or config.focus:
             raise ConfigError(
-                "without eval functions nothing shows what to focus the adapters on: choose "
-                "variant='joint', or merge with the base model."
-            )
-        if config is None or config.searches():
-            raise ConfigError(
-                "without eval functions nothing can be searched: give density and scale as "
-                "numbers, e.g. HiMergeConfig(density=0.3, scale=0.9), or a plan."
+                "without eval functions nothing can be focused or searched: give density and scale "
+                "as numbers, e.g. HiMergeConfig(density=0.3, scale=0.9), or a plan."
             )
         config.check_names(list(adapters), list(adapters))
         return

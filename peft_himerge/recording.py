@@ -46,9 +46,9 @@ def record(model: PeftModel, name: str, eval_fn: Callable[[Any], Any]) -> list[d
         eval_fn(model)
     if not calls:
         raise ConfigError(
-            f"the eval function of {name!r} never called the model, so that no example of its task "
-            f"was seen. Give batches (dicts of tensors) as inputs, or choose a method or variant "
-            f"that looks at scores alone."
+            f"the eval function of {name!r} never called the model with tensors that have a row "
+            f"per example, so that none of its task was seen. Give batches (dicts of tensors) as "
+            f"inputs, or look at scores alone: HiMergeConfig(variant='joint'), another method."
         )
     return [
         {key: value[at : at + _MOST] for key, value in call.items()}

@@ -16,7 +16,7 @@ from .config import HiMergeConfig
 from .errors import ConfigError, suggest
 from .events import AdapterSaved, Event, Listener, MergeFinished, MergeStarted
 from .guests import check_folder, guests
-from .hi import apply_plan, merge_adapters_hi, score_plans
+from .hi import apply_plan, merge_adapters_hi, read_sources, score_plans
 from .plan import MergePlan
 from .probe import preserved
 from .processes import Team, is_main
@@ -135,7 +135,7 @@ def merged(
                 journal=job.journal,
             )
         else:
-            result = _model_wise(model, names, job, analysis, listeners)
+            result = _model_wise(model, names, job, analysis, listeners, team or Team())
         with _one_round(model, job.adapter_name):
             yield result
 
@@ -189,15 +189,19 @@ def _model_wise(
     job: Job,
     analysis: Analysis,
     listeners: Sequence[Listener],
+    team: Team,
 ) -> MergeResult:
     """Merge without search and layer analysis: M(M + 2) scores, or none with "off".
 
     A density or scale that is left to the search counts as 1.
     """
-    combiner = Combiner(read_adapters(model, names))
+    shown = job.eval_fns if job.config.focus and analysis == "scores" else None
+    combiner = Combiner(read_sources(model, names, shown, team, listeners))
     edits = {name: job.config.model_wise_edit(name) for name in names}
     plan = combiner.plan(edits, prune_scope=job.config.prune_scope)
-    plans = {"base": MergePlan.base(), **{n: plan.solo(n) for n in names}, "merged": plan}
+    plans: dict[str, MergePlan | str] = {"base": MergePlan.base()}
+    plans |= {n: n if a.focused else plan.solo(n) for n, a in combiner.adapters.items()}
+    plans["merged"] = plan
     tasks = tuple(job.eval_fns) if analysis == "scores" else ()
 
     def emit(event: Event) -> None:

@@ -97,10 +97,7 @@ class Run:
             engine.begin("search")
             self._search(engine)
         self.model_wise = self.plan
-        engine.begin("alone")
-        self._ask(engine, self.tasks, *map(self.plan.solo, self.own), self.plan)
-        for name in self.combiner.adapters:
-            self.states[name] = self._scores(engine, self.plan.solo(name))
+        self._score_alone(engine)
         gains = self._gains()
         self.states["model_wise"] = self._scores(engine, self.plan)
         if len(self.own) > 1:
@@ -115,10 +112,25 @@ class Run:
         found = engine.score_many([(task, state) for task in self.tasks])
         return dict(zip(self.tasks, found, strict=True))
 
+    def _score_alone(self, engine: Engine) -> None:
+        """Score each adapter alone: the user's own where a part of it is merged (`focus`)."""
+        alone: dict[str, MergePlan | str] = {
+            name: name if adapter.focused and name in self.own else self.plan.solo(name)
+            for name, adapter in self.combiner.adapters.items()
+        }
+        sources = [state for state in alone.values() if isinstance(state, str)]
+        if sources:
+            engine.begin("sources")
+            self._ask(engine, self.tasks, *sources)
+        engine.begin("alone")
+        self._ask(engine, self.tasks, *alone.values(), self.plan)
+        for name, state in alone.items():
+            self.states[name] = self._scores(engine, state)
+
     @staticmethod
-    def _ask(engine: Engine, tasks: Iterable[str], *plans: MergePlan) -> None:
+    def _ask(engine: Engine, tasks: Iterable[str], *states: MergePlan | str) -> None:
         """Have all these scores computed in one go, which shares more than one by one."""
-        engine.score_many([(task, plan) for plan in plans for task in tasks])
+        engine.score_many([(task, state) for state in states for task in tasks])
 
     def _search(self, engine: Engine) -> None:
         """Choose each adapter's density and scale (DESIGN 1.1)."""

@@ -70,21 +70,16 @@ def per_event(analysis: Any) -> dict[str, Analysis]:
     return {event: given.get(event, "full") for event in events}
 
 
-def check_analysis(analysis: Mapping[str, Analysis], *, scored: bool, focused: bool) -> None:
+def check_analysis(analysis: Mapping[str, Analysis], *, scored: bool) -> None:
     """Refuse an analysis that cannot be made.
 
     Args:
         analysis: event -> analysis.
         scored: there are eval functions.
-        focused: adapters are to be focused before they are merged.
 
     Raises:
-        ConfigError: scores without eval functions, or a merge without analysis that would focus.
+        ConfigError: scores without eval functions.
     """
-    if focused and any(kind != "full" for kind in analysis.values()):
-        raise ConfigError(
-            "adapters are focused for analysis='full' alone; choose that, or variant='joint'."
-        )
     if not scored and any(kind != "off" for kind in analysis.values()):
         raise ConfigError(
             "eval_fns is empty: give one function per adapter, or set analysis='off' to save "

@@ -109,6 +109,7 @@ ROOMS: dict[str, set[str]] = {
         *("adapters", "combine", "config", "conflict", "contribution", "cost", "engine"),
         *("errors", "events", "export", "factors", "identity", "journal", "layers", "ledger"),
         *("lowrank", "plan", "probe", "processes", "randomness", "result", "scoring", "search"),
+        "request",
     },
     # the other methods: the drop-in for PEFT's own, and the registry's way into a model
     "carried": {"adapters", "errors", "factors"},

@@ -137,9 +137,16 @@ def test_training_is_bit_identical_while_its_adapter_is_focused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("analysis", ["scores", "off"])
-def test_focus_needs_the_full_analysis(analysis: str) -> None:
-    with pytest.raises(ConfigError, match="focused for analysis='full' alone"):
-        callback(config=HiMergeConfig(variant="focused"), analysis=analysis)
+def test_rounds_without_analysis_focus_too_if_they_look_at_scores(
+    analysis: str, tmp_path: Path
+) -> None:
+    without = trainers.facts(trained(tmp_path / "a", []))
+    back = callback(config=HiMergeConfig(), analysis=analysis, artifact="last")
+    found = trainers.facts(trained(tmp_path / "b", [back]))
+    assert back.memory["round"] == 2
+    assert moved(without, found) == []
+    focused = {path.parent.name for path in tmp_path.rglob("focused/*/adapter_config.json")}
+    assert focused == ({"default", "zh"} if analysis == "scores" else set())
 
 
 def test_training_is_bit_identical_when_an_eval_function_fails(

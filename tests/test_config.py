@@ -11,15 +11,42 @@ from peft_himerge import Edit, HiMergeConfig, HiMergeError
 from peft_himerge.errors import ConfigError
 
 
-def test_defaults_are_the_papers_reading_decided_by_the_merged_model() -> None:
+def test_by_default_adapters_are_focused_scaled_together_and_repaired_by_the_merged_model() -> None:
     config = HiMergeConfig()
-    assert config == HiMergeConfig(variant="joint")
-    assert (config.density, config.scale) == ("search", "search")
+    assert config == HiMergeConfig(variant="focused")
+    assert (config.focus, config.density, config.scale) == (True, 1.0, "search")
+    assert (config.search, config.search_target) == ("together", "merged")
     assert (config.layer_density, config.layer_scale) == (None, None)
     assert (config.prune_scope, config.reanalyze, config.accept) == ("model", "once", "best")
     assert (config.partial_target, config.normalize) == ("degrader", "none")
-    assert (config.tolerance, HiMergeConfig(variant="paper").tolerance) == ("auto", 0.0)
-    assert config.searches()
+    assert (config.tolerance, config.searches()) == ("auto", True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.3},
+        {"scale": 0.9},
+        {"search": "coarse"},
+        {"search": "optuna", "search_budget": 3},
+        {"search_target": "own"},
+        {"prune_scope": "layer"},
+        {"focus": False},
+    ],
+)
+def test_who_says_how_to_prune_and_scale_means_the_adapters_as_they_are(
+    options: dict[str, Any],
+) -> None:
+    config = HiMergeConfig(**options)
+    assert config == HiMergeConfig(variant="joint", **options)
+    assert HiMergeConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"search": "together"}, {"focus": True}])
+def test_who_says_something_else_keeps_the_default(options: dict[str, Any]) -> None:
+    config = HiMergeConfig(**options)
+    assert config == HiMergeConfig(variant="focused", **options)
+    assert HiMergeConfig(**config.model_dump()) == config
 
 
 def test_config_is_frozen() -> None:
@@ -94,7 +121,10 @@ def test_value_that_is_allowed_is_kept(options: dict[str, Any]) -> None:
         ({"search_target": "all"}, "search_target"),
         ({"reanalyze": True}, "reanalyze"),
         ({"accept": "maybe"}, "accept.*'always'"),
-        ({"search": "together"}, "search='together' looks for a scale: give density"),
+        (
+            {"variant": "joint", "search": "together"},
+            "search='together' looks for a scale: give density",
+        ),
         ({"variant": "focused", "density": "search"}, "search='together' looks for a scale"),
         ({"variant": "paper", "search": "together", "density": 1.0}, "search_target='merged'"),
         ({"partial_target": "both"}, "partial_target"),
@@ -197,8 +227,10 @@ FOCUSED = {"focus": True, "density": 1.0, "search": "together"}
 
 def test_variant_fills_in_what_is_not_given() -> None:
     paper, joint = HiMergeConfig(variant="paper"), HiMergeConfig(variant="joint")
-    assert (paper.search_target, paper.accept) == ("own", "always")
-    assert (joint.search_target, joint.accept) == ("merged", "best")
+    assert (paper.search_target, paper.accept, paper.tolerance) == ("own", "always", 0.0)
+    assert (joint.search_target, joint.accept, joint.tolerance) == ("merged", "best", "auto")
+    for config in (paper, joint):
+        assert (config.focus, config.density, config.search) == (False, "search", "coarse")
     focused = HiMergeConfig(variant="focused")
     assert focused == HiMergeConfig(**(joint.model_dump() | {"variant": "focused"} | FOCUSED))
     mixed = HiMergeConfig(variant="joint", accept="no_regression")

@@ -270,8 +270,15 @@ def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> 
     )
     assert result.states["merged"].keys() == {name for name in made}
     for state, row in want.scores.items():
-        mine = result.scores[state.removesuffix("_focused")]
-        assert {made[task]: value for task, value in mine.items()} == row
+        if state not in made.values():
+            assert {made[task]: value for task, value in result.scores[state].items()} == row
+    # Alone are the adapters that the user has, as PEFT runs them.
+    for name in TRIO:
+        other.set_adapter(name)
+        with torch.no_grad():
+            alone = {task: float(fn(other).double().mean()) for task, fn in fns.items()}
+        assert result.scores[name] == pytest.approx(alone, abs=1e-12)
+        assert result.scores[name] != pytest.approx(want.scores[made[name]], abs=1e-6)
     for module in (m.module for m in want.modules):
         assert torch.equal(result.delta(module), want.delta(module))
 
@@ -280,9 +287,14 @@ def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> 
     again.save(tmp_path / "again", page=False)
     shown = render_page(parse_report(result.to_dict()))
     assert f"{' + '.join(TRIO)}, each focused on its own task's inputs, merged into" in shown
-    assert "“Alone” are the focused adapters" in shown
-    scored = score_plans(model, TRIO, {"it": result.plan}, fns)
+    assert "gamma is c of the focused adapter alone minus c after merging" in shown
+    plans: dict[str, MergePlan | str] = {"it": result.plan, **{name: name for name in TRIO}}
+    scored = score_plans(model, TRIO, plans, fns)
     assert {t: s.value for t, s in scored["it"].items()} == result.scores["merged"]
+    for name in TRIO:
+        assert {t: s.value for t, s in scored[name].items()} == result.scores[name]
+    with pytest.raises(AdapterError, match="Adapter nobody does not exist"):
+        score_plans(model, TRIO, {"it": "nobody"}, fns)
     saved = snapshot(model)
     result.save(tmp_path / "out", page=False)
     assert moved(saved, snapshot(model)) == []
@@ -322,6 +334,18 @@ def test_focusing_is_the_same_however_often_it_is_done() -> None:
         apply_plan(model, two.plan, adapter_name="late")
 
 
+def test_one_adapter_has_nobody_to_make_way_for() -> None:
+    model, name = peft_model("llama", 3), TRIO[0]
+    heard: list[object] = []
+    fns = eval_fns("llama", [name], 6)
+    config = HiMergeConfig(max_export_drop=None)
+    result = merge_adapters_hi(model, [name], fns, config=config, callbacks=[heard.append])
+    assert isinstance(heard[0], MergeStarted)
+    scale = result.plan.adapters[name].scale
+    for module, delta in dense(model, name).items():
+        torch.testing.assert_close(result.delta(module).double(), scale * delta)
+
+
 def test_without_a_look_at_inputs_nothing_is_focused(tmp_path: Path) -> None:
     model = peft_model("llama", 3)
     before = snapshot(model)
@@ -333,7 +357,7 @@ def test_without_a_look_at_inputs_nothing_is_focused(tmp_path: Path) -> None:
     for name in TRIO:
         export.write_adapter(model, name, make(tmp_path / name))
         folders[name] = tmp_path / name
-    with pytest.raises(ConfigError, match="nothing shows what to focus"):
+    with pytest.raises(ConfigError, match="nothing can be focused or searched"):
         merge_folders(folders, tmp_path / "out", config=config)
     assert not (tmp_path / "out").exists()
 

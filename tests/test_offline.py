@@ -244,9 +244,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     folders = saved(tiny.peft_model("llama", 2, dtype=torch.float32), tmp_path / "in")
     numbers = HiMergeConfig(density=1.0, scale=1.0)
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="nothing can be searched"):
+    with pytest.raises(ConfigError, match="nothing can be focused or searched"):
         merge_folders(folders, out)
-    with pytest.raises(ConfigError, match="nothing can be searched"):
+    with pytest.raises(ConfigError, match="nothing can be focused or searched"):
         merge_folders(folders, out, config=HiMergeConfig(density=0.5))
     with pytest.raises(ConfigError, match="at least one"):
         merge_folders({}, out, config=numbers)

@@ -29,17 +29,18 @@ def test_the_python_example_runs_as_it_stands(
     model = tiny.peft_model("llama", 2, dtype=torch.float32)
     evals = tiny.eval_fns("llama", ["en", "zh"])
     code = code.replace("scale=0.9)", "scale=0.9, max_export_drop=None)")
-    code = code.replace('variant="focused")', 'variant="focused", max_export_drop=None)')
     names = {"model": model, "eval_en": evals["en"], "eval_zh": evals["zh"]}
     names |= {f"batches_{name}": [dict(evals[name].inputs)] for name in ("en", "zh")}
     exec(compile(code, "README.md", "exec"), names)
     assert model.active_adapter == "merged"
     assert {"merged", "again", "both", "ties", "tsv"} <= set(model.peft_config)
-    assert names["again"].plan == names["result"].plan
-    assert names["best"].options["focus"]
-    assert set(names["best"].plan.adapters) == {"en", "zh"}
-    assert (tmp_path / "best_adapter" / "focused" / "zh" / "adapter_config.json").is_file()
+    assert names["result"].options["focus"]
+    assert set(names["result"].plan.adapters) == {"en", "zh"}
+    assert (tmp_path / "merged_adapter" / "focused" / "zh" / "adapter_config.json").is_file()
     assert (tmp_path / "merged_adapter" / "adapter_model.safetensors").is_file()
+    assert names["again"].plan == names["plain"].plan
+    assert not names["plain"].options["focus"]
+    assert not (tmp_path / "plain_adapter" / "focused").exists()
 
 
 def table(name: str) -> list[list[str]]:

@@ -85,7 +85,7 @@ def test_the_recipes_that_were_promised_are_shipped() -> None:
     assert {name.removesuffix(".yaml") for name in MERGES} == {
         *("two_tasks", "three_tasks", "model_wise_only", "bilingual_multiple_choice"),
         *("multiple_choice_generation", "perplexity_only", "sequence_classification"),
-        *("drop_in_ties", "focused"),
+        *("drop_in_ties", "scores_alone"),
     }
 
 
@@ -110,10 +110,11 @@ def test_the_sweep_names_a_shipped_recipe_and_varies_its_options() -> None:
     sweep = read_sweep(RECIPES / "local_sweep.yaml")
     assert sweep.recipe == RECIPES / "two_tasks.yaml"
     options = read_recipe(sweep.recipe).options
-    whole = sweep.within({**options, "density": 0.25})
-    assert set(options) == {"search_target", "accept"}
+    whole = sweep.within({**options, "density": 0.25, "accept": "no_regression"})
+    assert options == {}
     config = whole.config({"density": 0.5, "scale": 0.75})
     assert (config.density, config.accept) == (0.5, "no_regression")
+    assert (config.variant, config.focus) == ("joint", False)  # a sweep of density prunes sources
 
 
 # -------------------------------------------------------------------------------- end to end
@@ -181,9 +182,8 @@ def test_a_recipe_is_what_python_would_do(shop: Callable[[str], Path], tmp_path:
 
     evals = {t: multiple_choice(rows(t, "validation"), tokenizer) for t in folders}
     config = HiMergeConfig(
-        search_target="merged", accept="no_regression", metric="calibrated_probability", rank=3,
-        max_export_drop=None,
-    )  # fmt: skip
+        variant="focused", metric="calibrated_probability", rank=3, max_export_drop=None
+    )
     wanted = merge_adapters_hi(model, ["en", "zh"], evals, config=config)
     assert done.result.plan == wanted.plan
     assert done.result.scores == wanted.scores
@@ -204,9 +204,9 @@ def test_a_recipe_is_what_python_would_do(shop: Callable[[str], Path], tmp_path:
 def test_a_focused_recipe_is_what_python_would_do_and_can_be_replayed(
     shop: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    root, name, out = shop("focused.yaml"), "focused.yaml", tmp_path / "out"
-    own = "options.scale={en: 0.5, zh: 0.75}"
-    given = [*sets(root, name, out), own, "options.density={en: 1.0, zh: 0.5}", "rank=3"]
+    root, name, out = shop("two_tasks.yaml"), "two_tasks.yaml", tmp_path / "out"
+    own = ["options.scale={en: 0.5, zh: 0.75}", "options.density={en: 1.0, zh: 0.5}"]
+    given = [*sets(root, name, out), "options.variant=focused", *own, "rank=3"]
     found = examine(read_recipe(RECIPES / name, given))
     done = run_recipe(found)
     folders = {task: root / "adapters" / task for task in ("en", "zh")}
@@ -549,7 +549,7 @@ def test_all_faults_are_told_at_once() -> None:
         ("two_tasks", "tasks.en.normalize=token", "tasks.en.normalize", "Did you mean 'tokens'"),
         ("two_tasks", "tasks.en.batch_size=true", "tasks.en.batch_size", "expected int, got True"),
         ("two_tasks", "tasks.en.max_rows=0", "tasks.en.max_rows", "greater than or equal to 1"),
-        ("two_tasks", "tasks={}", "options", "nothing can be searched"),
+        ("two_tasks", "tasks={}", "options", "nothing can be focused or searched"),
         ("two_tasks", "base=null", "base", "missing: tasks are scored"),
         ("two_tasks", "options.rank=4", "options.rank", "at the top of the recipe"),
         ("two_tasks", "options.metric=x", "options.metric", "tasks.NAME.metric"),
@@ -557,7 +557,7 @@ def test_all_faults_are_told_at_once() -> None:
         ("two_tasks", "method=tie", "method", "Did you mean 'ties'"),
         ("two_tasks", "method=ties", "tasks.en.validation", "looks at no score"),
         ("drop_in_ties", "method=regmean", "tasks.en", "data for every adapter."),
-        ("two_tasks", "method=regmean", "options.accept", "'regmean' has no such option"),
+        ("scores_alone", "method=regmean", "options.variant", "'regmean' has no such option"),
         ("three_tasks", "method=regmean", "tasks.general.validation", "give it as test"),
         ("sequence_classification", "method=regmean", "tasks.mood.kind",
          "Allowed: multiple_choice, perplexity, generation, likelihood; or call merge_adapters"),
@@ -565,9 +565,9 @@ def test_all_faults_are_told_at_once() -> None:
          "Allowed: multiple_choice, perplexity; or call"),
         ("multiple_choice_generation", "method=regmean", "tasks.writer.metric", "give test_metric"),
         ("drop_in_ties", "method=greedy_soup", "tasks.en", "data for every adapter."),
-        ("focused", "options.focus=1", "options.focus", "valid boolean"),
+        ("two_tasks", "options.focus=1", "options.focus", "valid boolean"),
         ("two_tasks", "focus=true", "focus", ""),
-        ("model_wise_only", "options.variant=focused", "options", "nothing shows what to focus on"),
+        ("model_wise_only", "options.variant=focused", "options", "nothing can be focused"),
         ("two_tasks", "name=en", "name", "has an adapter 'en' already"),
         ("two_tasks", "name=base", "name", "means the base model"),
         ("two_tasks", "adapters.exported=x", "adapters", "means a state of the merge"),
@@ -1068,7 +1068,7 @@ def test_warnings_are_shown_and_markup_in_names_does_no_harm(
 def test_a_sweep_starts_from_what_a_recipe_says_and_nothing_else(
     shop: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    root, name = shop("focused.yaml"), "focused.yaml"
+    root, name = shop("scores_alone.yaml"), "scores_alone.yaml"
     more = ["options={variant: joint, search_target: own, scale: {en: 0.5, zh: 1.0}, "]
     more[0] += "density: {en: 1.0, zh: 0.5}}"
     told = read_recipe(RECIPES / name, [*workshop.pointed(root, name), *more])

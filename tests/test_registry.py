@@ -99,7 +99,7 @@ def test_who_needs_what_is_told() -> None:
 def test_the_options_of_hi_are_those_of_its_config() -> None:
     shared = {"rank", "metric"}  # arguments of merge_adapters itself
     assert set(get_method("hi").options) == set(HiMergeConfig.model_fields) - shared
-    assert get_method("hi").options["density"] == "search"
+    assert get_method("hi").options["variant"] == "focused"
 
 
 def test_positional_options_and_unknown_needs_are_refused() -> None:

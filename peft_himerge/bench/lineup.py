@@ -96,7 +96,7 @@ LINEUP: tuple[Contender, ...] = (
     ),
     Contender(
         "hi_focused",
-        "Hi-Merging, focused (ours)",
+        "Hi-Merging, focused (our default)",
         hi=HiMergeConfig(variant="focused"),
     ),
 )

@@ -306,17 +306,11 @@ def _hi_options(options: Table, names: list[str], scored: bool) -> Iterator[Faul
     except ConfigError as exc:
         yield Fault("options", str(exc).removeprefix("config: "))
         return
-    if config.focus and not scored:
+    if (config.searches() or config.focus) and not scored:
         yield Fault(
             "options",
-            "without validation data nothing shows what to focus on: give tasks with validation "
-            "data, or variant: joint.",
-        )
-    elif config.searches() and not scored:
-        yield Fault(
-            "options",
-            "without validation data nothing can be searched: give density and scale as numbers, "
-            "or tasks with validation data.",
+            "without validation data nothing can be focused or searched: give density and scale as "
+            "numbers (and no variant: focused), or tasks with validation data.",
         )
 
 
