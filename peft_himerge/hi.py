@@ -146,26 +146,29 @@ def read_sources(
 
     Args:
         model: holds the adapters; comes back as it was.
-        names: the adapters. Of one alone nothing is taken away.
-        shown: adapter -> eval function whose inputs it is focused on; None takes it as it is.
+        names: the adapters.
+        shown: adapter -> eval function whose inputs it is focused on; None takes all as they are.
+            An adapter that is zero everywhere makes nobody focus, and one alone is left as it is.
         team: the processes that all call this.
         listeners: hear of the start.
     """
     read = read_adapters(model, names)
     common_base(read)
-    if shown is None or len(read) < 2:
+    named = {adapter.name: adapter for adapter in read if not adapter.is_zero}
+    alive = list(named)
+    if shown is None or len(alive) < 2:
         return read
     parts = None
     if team.main:
         for listener in listeners:
             with heard():
-                listener(FocusStarted(tuple(names)))
-        parts = focused_parts(model, names, {name: shown[name] for name in names})
+                listener(FocusStarted(tuple(alive)))
+        parts = focused_parts(model, alive, {name: shown[name] for name in alive})
     parts = team.first("the focused adapters", None, parts)
     assert parts is not None
-    found = [refocused(adapter, parts[adapter.name]) for adapter in read]
-    remember(model, found)
-    return found
+    found = {name: refocused(adapter, parts[name]) for name, adapter in named.items()}
+    remember(model, list(found.values()))
+    return [found.get(adapter.name, adapter) for adapter in read]
 
 
 def _probe(model: PeftModel, combiner: Combiner, config: HiMergeConfig) -> Probe:

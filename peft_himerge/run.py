@@ -115,7 +115,7 @@ class Run:
     def _score_alone(self, engine: Engine) -> None:
         """Score each adapter alone: the user's own where a part of it is merged (`focus`)."""
         alone: dict[str, MergePlan | str] = {
-            name: name if adapter.focused and name in self.own else self.plan.solo(name)
+            name: name if adapter.focused else self.plan.solo(name)
             for name, adapter in self.combiner.adapters.items()
         }
         sources = [state for state in alone.values() if isinstance(state, str)]

@@ -346,6 +346,30 @@ def test_one_adapter_has_nobody_to_make_way_for() -> None:
         torch.testing.assert_close(result.delta(module).double(), scale * delta)
 
 
+@pytest.mark.filterwarnings("ignore:adapter '.*' changes nothing")
+def test_an_adapter_without_effect_makes_nobody_focus() -> None:
+    model, fns = peft_model("llama", 3), eval_fns("llama", TRIO, 6)
+    silence(model, TRIO[0])
+    config, heard = HiMergeConfig(max_export_drop=None), list[object]()
+    result = merge_adapters_hi(model, TRIO, fns, config=config, callbacks=[heard.append])
+    assert heard[0] == FocusStarted(tuple(TRIO[1:]))
+    assert result.scores[TRIO[0]] == result.scores["base"]
+    pair = merge_adapters_hi(model, TRIO[1:], fns, adapter_name="pair", config=config)
+    assert {n: pair.plan.sources[n] for n in TRIO[1:]} == {
+        n: result.plan.sources[n] for n in TRIO[1:]
+    }
+    silence(model, TRIO[1])
+    heard.clear()
+    merge_adapters_hi(model, TRIO, fns, adapter_name="one", config=config, callbacks=[heard.append])
+    assert isinstance(heard[0], MergeStarted)
+
+
+def silence(model: Any, name: str) -> None:
+    for key, parameter in model.named_parameters():
+        if f"lora_B.{name}." in key or f"lora_embedding_B.{name}" in key:
+            parameter.data.zero_()
+
+
 def test_without_a_look_at_inputs_nothing_is_focused(tmp_path: Path) -> None:
     model = peft_model("llama", 3)
     before = snapshot(model)
