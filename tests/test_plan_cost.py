@@ -91,6 +91,13 @@ def test_a_search_pays_for_states_that_later_steps_find(
     assert found["alone"] == alone
 
 
+def test_focus_pays_for_the_sources_alone_and_for_their_parts_on_their_own_tasks() -> None:
+    found = scores(cost_of(18, ["a", "b"], ["g"], variant="focused"))
+    assert (found["sources"], found["alone"]) == (2 * 3, 3)
+    assert found["analysis"] == 2 * 4 * 18 + 2
+    assert "sources" not in scores(cost_of(18, ["a"], ["g"], variant="focused"))
+
+
 def test_a_single_adapter_is_neither_analysed_nor_repaired() -> None:
     found = cost_of(4, ["a"], [])
     assert scores(found) == {"base": 1, "alone": 1, "merged": 0, "exported": 1}
@@ -164,6 +171,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"density": "search", "scale": "search"},
     {"density": "search", "scale": 0.5, "search_target": "merged", "accept": "no_regression"},
     {"density": "search", "scale": "search", "search": "optuna", "search_budget": 9},
+    {"variant": "focused"},
+    {"variant": "focused", "density": 1.0, "scale": "search"},
 ]
 
 
