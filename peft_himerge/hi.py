@@ -298,6 +298,8 @@ def _result(
     start: float,
     blocks: tuple[int, int] = (0, 0),
 ) -> MergeResult:
+    options = run.config.model_dump() if run.tasks else {"rank": run.config.rank}
+    focused = any(adapter.focused for adapter in run.combiner.adapters.values())
     return MergeResult(
         adapter_name=adapter_name,
         model=model,
@@ -310,7 +312,7 @@ def _result(
         rank=rank,
         scores_computed=scores,
         seconds=time.perf_counter() - start,
-        options=run.config.model_dump() if run.tasks else {"rank": run.config.rank},
+        options=options | {"focus": focused},  # of one adapter nothing is taken, whoever asks
         blocks_run=blocks[0],
         blocks_skipped=blocks[1],
         _combiner=run.combiner,

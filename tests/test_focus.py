@@ -284,6 +284,7 @@ def test_the_variant_is_joint_on_focused_adapters(kind: str, tmp_path: Path) -> 
 
     # The plan is replayed on this model, and in another one from the folders beside it.
     again = apply_plan(model, result.plan, adapter_name="again")
+    assert again.options["focus"]
     again.save(tmp_path / "again", page=False)
     shown = render_page(parse_report(result.to_dict()))
     assert f"{' + '.join(TRIO)}, each focused on its own task's inputs, merged into" in shown
@@ -341,6 +342,7 @@ def test_one_adapter_has_nobody_to_make_way_for() -> None:
     config = HiMergeConfig(max_export_drop=None)
     result = merge_adapters_hi(model, [name], fns, config=config, callbacks=[heard.append])
     assert isinstance(heard[0], MergeStarted)
+    assert not result.options["focus"]
     scale = result.plan.adapters[name].scale
     for module, delta in dense(model, name).items():
         torch.testing.assert_close(result.delta(module).double(), scale * delta)

@@ -149,7 +149,7 @@ def test_a_merge_left_to_itself_is_named_merged_and_searches_as_configured() -> 
     result = merge_adapters_hi(model, ["zh"], tasks("zh"))
     assert list(model.peft_config) == ["zh", "merged"]
     assert result.adapter_name == "merged"
-    assert result.options == HiMergeConfig().model_dump()
+    assert result.options == HiMergeConfig().model_dump() | {"focus": False}
     assert {trial.adapter for trial in result.search} == {"zh"}
     assert result.plan.adapters["zh"] == max(result.search, key=lambda t: t.value).edit
     assert result.scores_computed >= len(result.search)
@@ -165,7 +165,7 @@ def test_rank_is_that_of_the_options(rank: Any, want: int) -> None:
     plan = Combiner(read_adapters(model, ["zh", "en"])).plan(edits)
     applied = apply_plan(model, plan, adapter_name="again", rank=rank)
     assert (applied.rank, model.peft_config["again"].r) == (want, want)
-    assert applied.options == {"rank": rank}
+    assert applied.options == {"rank": rank, "focus": False}
 
 
 @pytest.mark.filterwarnings("ignore:adapter .* changes nothing")
@@ -574,7 +574,7 @@ def test_a_plan_is_applied_as_it_stands() -> None:
     assert (result.scores_computed, result.states, result.search) == (0, {}, ())
     assert (len(result.contributions), result.conflicts) == (0, ())
     assert (result.blocks_run, result.blocks_skipped) == (0, 0)
-    assert result.options == {"rank": "auto"}
+    assert result.options == {"rank": "auto", "focus": False}
     assert result.rank == model.peft_config["merged"].r == 4
     en = model.base_model.model.h[1]
     alone = en.scaling["en"] * en.lora_B["en"].weight @ en.lora_A["en"].weight

@@ -72,7 +72,7 @@ def _error(line: Line) -> float:
 def _colour(line: Line) -> str:
     if line.rank is None:
         return STATES
-    if "(ours)" in line.title:
+    if "(our" in line.title:
         return OURS
     return PAPER if line.title.startswith("Hi-Merging") else OTHERS
 

@@ -223,7 +223,7 @@ def details(cells: str | Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_WHOLE = ("hi_paper", "hi_joint")  # what the ablations change
+_WHOLE = ("hi_paper", "hi_joint", "hi_focused")  # what the ablations change
 _ALONE, _MIXED = "each adapter alone, on its own task", "trained on the mixed data"
 
 
