@@ -642,6 +642,7 @@ def test_studies_say_what_the_scripts_found(
     more = [f"--cells={done}", "--contender=hi_paper", out["ranks"]]
     _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
     shutil.copytree(done, tmp_path / "guides" / "measure")
+    shutil.copytree(done, tmp_path / "several")
     text = studies(tmp_path)
     assert render(done).strip() in text
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in out}
@@ -654,6 +655,7 @@ def test_studies_say_what_the_scripts_found(
     exact = found["ranks"]["settings"]["one+two"][-1]
     assert f"| exact | {exact['rank']} | {exact['export_error']:.3f} |" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## More than two adapters at once",
         "## Chosen by another score: measure",
         "## How many examples the analysis needs",
         "## Density and scale of a single adapter",

@@ -21,6 +21,22 @@ TABLES = Path(__file__).with_name("tables.md")
 def text(cells: Path = CELLS) -> str:
     """Return what the cells were computed with, and their overview, as markdown.
 
+    Those in the folder `several` beside them, settings of more than two adapters with a lineup of
+    their own, follow.
+    """
+    several = cells.with_name("several")
+    parts = [_told(cells), (overview(cells) or details(cells)).strip()]
+    if several.is_dir():
+        parts += [
+            f"More than two adapters at once: {_told(several)}",
+            (overview(several) or details(several)).strip(),
+        ]
+    return "\n\n".join(parts)
+
+
+def _told(cells: Path) -> str:
+    """Return the sentence that says what cells were computed with.
+
     Raises:
         ValueError: the cells were computed with different options, beside the number of validation
             rows of a whole setting, so that one table would mislead.
@@ -35,13 +51,12 @@ def text(cells: Path = CELLS) -> str:
     sizes = json.loads(options.pop())
     hours = sum(cell["seconds"] for cell in found.values()) / 3600
     on = " and ".join(sorted({cell["device"] for cell in found.values()}, reverse=True))
-    told = (
+    return (
         f"{_rows(cells, found)} per task to choose by ({sizes['guide']} guide), at most "
         f"{sizes['budget']} scores for a method of the registry, {sizes['test_rows']} test rows"
         f"{_text(found)}, base in {sizes['dtype']}, seed {sizes['seed']}; "
         f"{hours:.1f} hours on {on}."
     )
-    return f"{told}\n\n{(overview(cells) or details(cells)).strip()}"
 
 
 def _rows(cells: Path, found: Mapping[Path, Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .table import markdown, render, repeats
+from .table import details, markdown, render, repeats
 
 __all__ = ["studies"]
 
@@ -15,18 +15,26 @@ def studies(folder: str | Path) -> str:
     """Return the sections of all studies that were run, "" for none.
 
     Args:
-        folder: holds `cells`, `repeats/<any>` (cells of the same settings, run again),
+        folder: holds `cells`, `several` (cells of settings of more than two adapters),
+            `repeats/<any>` (cells of the same settings, run again),
             `guides/<name>` (cells of contenders that chose by another score), and what the scripts
             in examples/bench wrote: `stability*.json`, `surface*.json`, `ranks*.json`.
     """
     found = Path(folder)
-    made = (_repeated(found), _guides(found), _stability(found), _surface(found), _ranks(found))
-    return "\n\n".join(part for part in made if part)
+    of = (_several, _repeated, _guides, _stability, _surface, _ranks)
+    return "\n\n".join(part for part in (make(found) for make in of) if part)
 
 
 def _read(folder: Path, name: str) -> list[dict[str, Any]]:
     paths = sorted(folder.glob(f"{name}*.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _several(folder: Path) -> str:
+    cells = folder / "several"
+    if not cells.is_dir():
+        return ""
+    return f"## More than two adapters at once\n\n{details(cells).strip()}"
 
 
 def _repeated(folder: Path) -> str:
