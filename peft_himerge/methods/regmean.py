@@ -10,6 +10,7 @@ up), however many adapters there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,8 +34,9 @@ class _Group:
 
     Attributes:
         stacks: the modules; the first one is looked at.
-        gram: (in, in) sum over one adapter's rows, not yet divided by their number.
-        total: (in, in) weighted sum over the adapters seen so far of their shrunk Gram matrices.
+        gram: (in, in) sum over one adapter's rows, not yet divided by their number; (in,), its
+            diagonal, of an embedding, whose inputs are one-hot.
+        total: weighted sum over the adapters seen so far of their shrunk Gram matrices, likewise.
         rows: number of the adapter's rows.
         parts: module -> per adapter A_i G_i, (rank, in); None where it has no such module.
     """
@@ -45,22 +47,38 @@ class _Group:
     rows: int = 0
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @property
+    def one_hot(self) -> bool:
+        """True for an embedding."""
+        return self.gram.dim() == 1
+
+    @property
+    def diagonal(self) -> Tensor:
+        """(in,) diagonal of `total`."""
+        return self.total if self.one_hot else self.total.diagonal()
+
     def take(self, x: Tensor) -> None:
-        """Add rows, (rows, in)."""
-        x = x.to(self.gram.device, self.gram.dtype)
-        self.gram.addmm_(x.t(), x)
+        """Add rows, (rows, in), or (rows, 1) with the places of one-hot ones."""
+        x = x.to(self.gram.device)
         self.rows += x.shape[0]
+        if self.one_hot:
+            self.gram += torch.bincount(x.flatten(), minlength=len(self.gram)).to(self.gram)
+        else:
+            x = x.to(self.gram.dtype)
+            self.gram.addmm_(x.t(), x)
 
     def finish(self, index: int, weight: float, off_diagonal: float) -> None:
         """Turn the sum over the rows of adapter `index` into its share of the result."""
         gram = self.gram / max(1, self.rows)
-        diagonal = gram.diagonal().clone()
-        gram *= off_diagonal
-        gram.diagonal().copy_(diagonal)
+        if not self.one_hot:
+            diagonal = gram.diagonal().clone()
+            gram *= off_diagonal
+            gram.diagonal().copy_(diagonal)
         self.total.add_(gram, alpha=weight)
         for stack in self.stacks:
             own = self.parts.setdefault(stack.module, [])
-            own.append(stack.scaled(index)[1].to(gram.dtype) @ gram)
+            a = stack.scaled(index)[1].to(gram.dtype)
+            own.append(a * gram if self.one_hot else a @ gram)
         self.gram.zero_()
         self.rows = 0
 
@@ -89,8 +107,9 @@ def regmean(
 
     Source: arXiv 2212.09849, equation 3 and the authors' code. Where we differ: the ridge e, which
     a singular sum needs, is added to each Gram matrix, so that it pulls towards the average instead
-    of 0. Embeddings and convolutions are averaged, as the authors average what is not linear; an
-    adapter without a module counts there with a delta of 0.
+    of 0. Embeddings are solved too, by how often each task has each token (their inputs are
+    one-hot); convolutions are averaged, as the authors average what is not linear; an adapter
+    without a module counts there with a delta of 0.
 
     Args:
         stacks: the modules.
@@ -109,17 +128,19 @@ def regmean(
     off_diagonal = fraction("off_diagonal", off_diagonal)
     ridge, limit = number("ridge", ridge, least=0.0), number("gram_gib", gram_gib, least=0.0)
     weights = importance(stacks[0], "regmean")
-    plain = [s for s in stacks if evidence.combiner.kind(s.module) in ("linear", "conv1d")]
+    kinds = {s.module: evidence.combiner.kind(s.module) for s in stacks}
+    plain = [s for s in stacks if kinds[s.module] in ("linear", "conv1d")]
     right: dict[str, list[Tensor]] = {}
     unreached: list[str] = []
     passes = 0
     with evidence.mixture() as mixture:
         todo = shared_inputs(mixture, evidence, plain)
+        todo += [[s] for s in stacks if kinds[s.module] == "embedding"]
         while todo:
             passes += 1
             now = _measured(mixture, evidence, todo, limit * _GIB, weights, off_diagonal)
             for group in now:
-                if not bool(group.total.diagonal().any()):
+                if not bool(group.diagonal.any()):
                     unreached += [s.module for s in group.stacks]
                 right.update(_solved(group, weights, ridge))
     return Fitted(
@@ -182,11 +203,12 @@ def _measured(
     held = 0
     while todo:
         first = todo[0][0]
-        width = first.shape[1]
-        held += 2 * width * width * first.dtype.itemsize
+        one_hot = mixture.kind(first.module) == "embedding"
+        shape = (first.shape[1],) * (1 if one_hot else 2)
+        held += 2 * math.prod(shape) * first.dtype.itemsize
         if groups and held > limit:
             break
-        gram = torch.zeros(width, width, dtype=first.dtype, device=first.device)
+        gram = torch.zeros(shape, dtype=first.dtype, device=first.device)
         groups[first.module] = _Group(todo.pop(0), gram, torch.zeros_like(gram))
     for index, (name, weight) in enumerate(zip(mixture.names, weights, strict=True)):
         mixture.solo(name)
@@ -209,7 +231,8 @@ def _taking(
 ) -> Callable[[str, Tensor, Tensor], Tensor]:
     def take(module: str, x: Tensor, output: Tensor) -> Tensor:
         if module in groups:
-            groups[module].take(mixture.tokens(module, batch, x))
+            group = groups[module]
+            group.take(mixture.tokens(module, batch, x.unsqueeze(-1) if group.one_hot else x))
         return output
 
     return take
@@ -219,9 +242,9 @@ def _solved(
     group: _Group, weights: Sequence[float], ridge: float
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield (module, per adapter the right factor H_i (rank, in) with D_i's share ``B_i H_i``)."""
-    mean = float(group.total.diagonal().double().mean())
+    mean = float(group.diagonal.double().mean())
     solve, extra = _solver(group.total, ridge * mean)
-    nothing = not bool(group.total.diagonal().any())
+    nothing = not bool(group.diagonal.any())
     for stack in group.stacks:
         own = []
         for i, weight in enumerate(weights):
@@ -239,9 +262,12 @@ def _solver(total: Tensor, extra: float) -> tuple[Callable[[Tensor], Tensor], fl
 
     And `extra`, which is raised tenfold as long as the rounding of the sums outweighs it: with
     fewer rows than inputs, and off_diagonal near 1, it is all that keeps the matrix from being
-    singular.
+    singular. A `total` of one axis is a diagonal.
     """
     wide = total.double()
+    if wide.dim() == 1:
+        below = wide + extra
+        return (lambda rows: torch.where(below > 0.0, rows / below, 0.0)), extra
     if extra > 0.0:
         eye = torch.eye(len(wide)).to(wide)
         lower, failed = torch.linalg.cholesky_ex(wide + extra * eye)
