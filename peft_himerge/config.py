@@ -51,10 +51,11 @@ class HiMergeConfig(BaseModel):
             layer's entries; None is half of the adapter's density (paper). DESIGN 1.4.
         layer_scale: further factor s_l in such a layer; None is half of the adapter's scale.
         prune_scope: what density counts over: "model" (paper), "layer" or "module" (mergekit).
-        search: "together" (default) looks for one scale of all adapters, and leaves the density as
-            it is given; "grid" scores density and scale over 0.1..1.0 in steps of 0.1, 100 scores
-            per adapter (paper); "coarse" takes at most 12; "optuna" lets Optuna's TPE choose among
-            the grid's points, after density 1 and scale 1, until `search_budget` are scored.
+        search: "together" (default) looks for one scale of all adapters, the nearest to 1 of those
+            that are as good as the best within `tolerance`, and leaves the density as it is given;
+            "grid" scores density and scale over 0.1..1.0 in steps of 0.1, 100 scores per adapter
+            (paper); "coarse" takes at most 12; "optuna" lets Optuna's TPE choose among the grid's
+            points, after density 1 and scale 1, until `search_budget` are scored.
         search_budget: most points per adapter that search="optuna" scores, each once on the task
             or tasks of `search_target`; None is 20. Only for "optuna".
         search_target: score a candidate on the adapter's "own" task, alone (paper), or by the mean
@@ -72,11 +73,11 @@ class HiMergeConfig(BaseModel):
             itself (default), or the "degraded", which loses.
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
             for tasks with unlike metrics.
-        tolerance: a gamma of less than this magnitude counts as 0, and accept="best" keeps only
-            what wins more than this: a number, 0 in the paper; or in its own (paired) standard
+        tolerance: a gamma of less than this magnitude counts as 0, accept="best" keeps only what
+            wins more than this, and search="together" takes less for equal: a number, 0 in the paper; or in its own (paired) standard
             errors, as "2se" (needs eval functions that return per-example scores); or "auto": 0
-            without per-example scores, else one standard error for a gamma, and sqrt(2 ln n) for
-            the n edits that accept="best" tries, which the best of n that change nothing seldom
+            without per-example scores, else one standard error for a gamma and a scale of all
+            adapters, and sqrt(2 ln n) for the n edits that accept="best" tries, which the best of n that change nothing seldom
             reaches (Donoho and Johnstone 1994, the universal threshold).
         metric: which entry of a dict of metrics is the score: one name, or one per task.
         rank: rank of the exported adapter: a number; a share of the delta's energy (squared

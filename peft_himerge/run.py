@@ -159,16 +159,35 @@ class Run:
             self.plan = self.plan.with_adapter(name, best(trials).edit)
 
     def _scale_together(self, engine: Engine) -> None:
-        """Give all adapters the one scale that suits the merged model best, if any is searched."""
-        tried: list[tuple[float, float, MergePlan]] = []
+        """Give all adapters the one scale that suits the merged model best, if any is searched.
+
+        Where that is the whole search, it is the one nearest to 1 of those that are as good as the
+        best, within the tolerance: which of several like ones is best on few examples is luck
+        (Breiman et al. 1984, the one standard error rule).
+        """
+        tried: dict[float, MergePlan] = {}
         for scale in together(self.config, len(self.own)):
             plan = self.plan
             for name in self.own:
                 plan = plan.with_adapter(name, Edit(plan.adapters[name].density, scale))
-            tried.append((_mean(self._scores(engine, plan)), -scale, plan))
-            self.trials += [Trial(n, plan.adapters[n], tried[-1][0]) for n in self.own]
-        if tried:
-            self.plan = max(tried, key=lambda one: one[:2])[2]
+            tried[scale] = plan
+            value = _mean(self._scores(engine, plan))
+            self.trials += [Trial(n, plan.adapters[n], value) for n in self.own]
+        if not tried:
+            return
+        scored = {scale: self._scores(engine, plan) for scale, plan in tried.items()}
+        best = max(scored, key=lambda scale: (_mean(scored[scale]), -scale))
+        if self.config.search == "together":
+            best = min(
+                (scale for scale in scored if not self._better(scored[best], scored[scale])),
+                key=lambda scale: (abs(math.log(scale)), scale),
+            )
+        self.plan = tried[best]
+
+    def _better(self, one: Mapping[str, Score], other: Mapping[str, Score]) -> bool:
+        """True if the mean of scores beats that of others by more than the tolerance."""
+        noise = self.config.tolerance_of(_paired_error(one, other))
+        return _mean(one) - _mean(other) > noise
 
     def _gains(self) -> dict[str, float]:
         gains = {

@@ -6,7 +6,8 @@ Source: Hi-Merging searches both over 0.1..1.0 in steps of 0.1 on the adapter's 
 On the merged model scales above 1 are tried too (ours): an adapter that the others drown needs more
 of itself than it does alone. And all adapters are scaled together first: what only one gets more of
 the others lose by, so that one by one none may rise although all of them should. "together" leaves
-it at that: of few scores along one smooth line hardly any best one is luck.
+it at that: of few scores along one smooth line hardly any best one is luck, and of those that the
+noise cannot tell apart the merge takes the one nearest to 1.
 """
 
 from __future__ import annotations

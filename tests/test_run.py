@@ -674,6 +674,38 @@ def test_together_looks_for_one_scale_of_all_adapters(n: int) -> None:
     assert {step.name: step.scores for step in run.cost().steps}["search"] == 6 * n
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "error", "want"),
+    [
+        ("auto", 0.05, 1.25),  # 1.5 wins 0.04 over 1.25 and 0.1 over 1
+        ("auto", 0.03, 1.5),
+        ("2.5se", 0.05, 1.0),
+        ("2.5se", 0.03, 1.25),
+        (0.0, 0.05, 1.5),
+        (0.05, 0.5, 1.25),
+        ("auto", None, 1.5),
+    ],
+)
+def test_of_scales_that_are_alike_the_one_nearest_to_one_is_taken(
+    tolerance: Any, error: float | None, want: float
+) -> None:
+    means = {0.3: 0.1, 0.5: 0.2, 0.7: 0.45, 1.0: 0.5, 1.25: 0.56, 1.5: 0.6}
+    # Differences from the best scale swing, so that the mean over both tasks has this error.
+    swing = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64) * 6**0.5 * (error or 0.0)
+
+    def rule(task: str, state: MergePlan) -> Any:
+        mean = means[state.adapters["a"].scale]
+        return mean if error is None else mean + (swing if mean == 0.6 else 0.0 * swing)
+
+    config = HiMergeConfig(density=1.0, search="together", tolerance=tolerance)
+    run, _ = started(three(2), config)
+    run.plan = run.combiner.plan({"a": IDENTITY, "b": IDENTITY})
+    table = Table(rule)
+    table.begin("search")
+    run._search(table)  # type: ignore[arg-type]
+    assert run.plan.adapters == dict.fromkeys("ab", Edit(1.0, want))
+
+
 def test_never_judges_the_layers_and_leaves_them_as_they_are() -> None:
     fight = worth(a={"h.0/a": {1.0: 2.0}, "h.0/b": {1.0: -1.0}}, b={"h.0/b": {1.0: 1.0}})
     run, resolution = treated(fight, "never")
