@@ -74,11 +74,12 @@ class HiMergeConfig(BaseModel):
         normalize: "none", or "gain": divide a task's contributions by what its adapter wins alone,
             for tasks with unlike metrics.
         tolerance: a gamma of less than this magnitude counts as 0, accept="best" keeps only what
-            wins more than this, and search="together" takes less for equal: a number, 0 in the paper; or in its own (paired) standard
-            errors, as "2se" (needs eval functions that return per-example scores); or "auto": 0
-            without per-example scores, else one standard error for a gamma and a scale of all
-            adapters, and sqrt(2 ln n) for the n edits that accept="best" tries, which the best of n that change nothing seldom
-            reaches (Donoho and Johnstone 1994, the universal threshold).
+            wins more than this, and search="together" takes less for equal: a number, 0 in the
+            paper; or in its own (paired) standard errors, as "2se" (needs eval functions that
+            return per-example scores); or "auto": 0 without per-example scores, else one standard
+            error for a gamma and for a scale of all adapters, and sqrt(2 ln n) for the n edits that
+            accept="best" tries, which the best of n that change nothing seldom reaches (Donoho and
+            Johnstone 1994, the universal threshold).
         metric: which entry of a dict of metrics is the score: one name, or one per task.
         rank: rank of the exported adapter: a number; a share of the delta's energy (squared
             Frobenius norm) as a float below 1; "exact"; or "auto", which is "exact" where nothing
