@@ -71,8 +71,8 @@ class HiMergeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             an evaluation, at one step with the same weights are one round.
         every: only at each n-th evaluation and each n-th save.
         analysis: "full" is the whole method; "scores" merges without search and layer analysis,
-            for M(M + 2) scores of M adapters; "off" merges without scoring, and so without the look
-            at inputs that focuses adapters: it takes them as they are. Or one per event, e.g.
+            for M(M + 2) scores of M adapters (and what focusing them takes); "off" merges without
+            scoring, and so takes the adapters as they are. Or one per event, e.g.
             ``{"evaluate": "scores", "train_end": "full"}``; an event left out gets "full".
         artifact: which merged adapters are saved, under ``<output_dir>/himerge/``: "last" (at
             train end, into "merged"), "best" (also whenever the score is a new best, into "best"),
