@@ -156,6 +156,37 @@ def test_cell(
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=cell.id)
+        for cell in cells()
+        if cell.group in ("base", "model") and cell.hi == MERGED
+    ],
+)
+def test_the_default_focuses_adapters_of_every_base(cell: Cell, tmp_path: Path) -> None:
+    if cell.needs:
+        pytest.importorskip(cell.needs)
+    made = setups.make(cell, tmp_path)
+    before = snapshot(made.model)
+    restless = set(moved(before, snapshot(made.model)))
+    config = HiMergeConfig(rank="exact", max_export_drop=None)
+    fns = eval_fns(cell.base, made.dtype)
+    result = merge_adapters_hi(made.model, list(WEIGHTS), fns, adapter_name="made", config=config)
+    assert result.options["focus"]
+    result.save(tmp_path / "made", page=False)  # and bitsandbytes unpacks what it packed
+    changed = set(moved(before, snapshot(made.model, but="made"))) - restless
+    if cell.precision == "quantised":
+        changed = {fact for fact in changed if not fact.startswith("storage ")}
+    assert changed == set()
+    exact = {record.module: result.delta(record.module).double() for record in result.modules}
+    check_factors(oracle.deltas(made.model, "made"), exact, cell.precision)
+    whole = truth.weighted_sum(made.table(), dict.fromkeys(WEIGHTS, 1.0))
+    shares = {m: float((exact[m] - d).norm() / d.norm()) for m, d in whole.items() if m in exact}
+    assert max(shares.values()) > 0.1  # no plain sum
+
+
 def check_outputs(
     cell: Cell, made: setups.Made, deltas: oracle.Deltas, got: dict[str, Tensor]
 ) -> None:
