@@ -187,10 +187,11 @@ def _measured(
     check_evidence(method, inputs=inputs)
     weights = dict.fromkeys(names, 1.0)
     request = prepare(model, method, weights, options=dict(options), policy="error")
+    probe = Probe(model, Combiner(request.adapters))  # refuses what does not fit, before any run
     evidence = gather(model, names, inputs, request.carried.settings, 0)
     assert evidence is not None
     with preserved(model), torch.no_grad():
-        request = request.fit(evidence(Probe(model, Combiner(request.adapters))))
+        request = request.fit(evidence(probe))
         with heard():
             return request, _apart(request)
 

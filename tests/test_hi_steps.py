@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,8 +152,14 @@ def test_a_merge_left_to_itself_is_named_merged_and_searches_as_configured() -> 
     assert result.adapter_name == "merged"
     assert result.options == HiMergeConfig().model_dump() | {"focus": False}
     assert {trial.adapter for trial in result.search} == {"zh"}
-    assert result.plan.adapters["zh"] == max(result.search, key=lambda t: t.value).edit
+    assert result.plan.adapters["zh"] in [trial.edit for trial in result.search]
     assert result.scores_computed >= len(result.search)
+    # Without tolerance the best one is taken; with it, one that is as good and nearer to 1.
+    config = HiMergeConfig(tolerance=0.0)
+    exact = merge_adapters_hi(model, ["zh"], tasks("zh"), adapter_name="exact", config=config)
+    best = max(exact.search, key=lambda t: t.value).edit
+    assert exact.plan.adapters["zh"] == best
+    assert abs(math.log(result.plan.adapters["zh"].scale)) <= abs(math.log(best.scale))
 
 
 @pytest.mark.parametrize(("rank", "want"), [(1, 1), (3, 3), ("exact", 4), ("auto", 4)])
