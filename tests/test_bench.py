@@ -411,13 +411,42 @@ def test_every_contender_can_merge_at_any_point_it_may_choose(root: Path, tmp_pa
 def test_every_contender_of_the_lineup_is_there_once_and_its_options_exist() -> None:
     names = [contender.name for contender in LINEUP]
     assert len(set(names)) == len(names)
+    layers = [f"model.layers.{i}" for i in range(4)]
     for contender in LINEUP:
         if contender.hi is None:
-            get_method(contender.method).check(contender.choices)
+            get_method(contender.method).check(contender.options(["one", "two"], layers))
     assert "slerp" not in [c.name for c in choose((), 3)]
     assert [c.name for c in choose(("ties", "average"), 2)] == ["average", "ties"]
     with pytest.raises(ConfigError, match=r"'hi_model_wize'.*Did you mean 'hi_model_wise'"):
         choose(("hi_model_wize",), 2)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shown"),
+    [
+        (1, ["X.", ".X"]),
+        (3, ["X.X.", ".X.X"]),
+        (5, ["Xh.hX.", ".hXh.X", "XXhhX.", "..hh.X"]),
+        (
+            18,
+            [
+                *("XXXh............hX.", "...hXXXXXXXXXXXXh.X"),
+                *("XXXXXXh........hXX.", "......hXXXXXXXXh..X"),
+            ],
+        ),
+    ],
+)
+def test_layer_swapping_may_choose_either_way_round_and_two_widths(
+    blocks: int, shown: list[str]
+) -> None:
+    """X is whole, h half, a point nothing of adapter "a"; what is outside the blocks comes last."""
+    swapping = next(contender for contender in LINEUP if contender.swaps)
+    layers = [*(f"model.layers.{i}" for i in range(blocks)), "outside"]
+    made = swapping.options(["a", "b"], layers)["assignment"]
+    letters = {0.0: ".", 0.5: "h", 1.0: "X"}
+    assert ["".join(letters[one[label]["a"]] for label in layers) for one in made] == shown
+    for one in made:
+        assert all(share["a"] + share["b"] == 1.0 for share in one.values())
 
 
 def test_ablations_change_options_of_one_variant_and_are_run_when_named() -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from types import MappingProxyType
 from typing import Any
 
 from ..config import HiMergeConfig
 from ..errors import ConfigError, suggest
+from ..layers import OUTSIDE
+from ..methods.depth import zones
 
 __all__ = ["ABLATIONS", "LINEUP", "Contender", "choose"]
 
@@ -35,6 +38,8 @@ class Contender:
         hi: Hi-Merging's options, for its variants.
         most: the most adapters it can merge.
         focus: a method of the registry merges focused adapters (`focus_adapters`) instead.
+        swaps: what a method may also choose from as its `assignment`: which shares of the blocks,
+            the first ones and the last ones, one adapter has and the other has not.
     """
 
     name: str
@@ -46,6 +51,34 @@ class Contender:
     hi: HiMergeConfig | None = None
     most: int | None = None
     focus: bool = False
+    swaps: tuple[tuple[float, float], ...] = ()
+
+    def options(self, adapters: Sequence[str], layers: Sequence[str]) -> dict[str, Sequence[Any]]:
+        """Return option -> what it may be, when these adapters are merged.
+
+        Args:
+            adapters: their names.
+            layers: labels of the layers that they change.
+        """
+        found: dict[str, Sequence[Any]] = dict(self.choices)
+        if self.swaps:
+            made: list[Any] = []
+            for shares in self.swaps:
+                for outer, inner in permutations(adapters, 2):
+                    one = _swapped(layers, outer, inner, *shares)
+                    made += [one] if one not in made else []  # few blocks: shares come to the same
+            found["assignment"] = made
+        return found
+
+
+def _swapped(
+    layers: Sequence[str], outer: str, inner: str, first: float, last: float
+) -> dict[str, dict[str, float]]:
+    count = len({layer for layer in layers if layer != OUTSIDE})
+    bottom = max(1, round(first * count))
+    top = min(max(1, round(last * count)), count - bottom)
+    room = bottom + top + 2 <= count  # a small model has no blocks between the zones
+    return zones(layers, outer=outer, inner=inner, bottom=bottom, top=top, transition=int(room))
 
 
 def _row(
@@ -57,10 +90,11 @@ def _row(
     space: str = "full",
     most: int | None = None,
     focus: bool = False,
+    swaps: tuple[tuple[float, float], ...] = (),
     **choices: tuple[Any, ...],
 ) -> Contender:
     options = MappingProxyType(choices)
-    return Contender(name, title, method, weights, options, space=space, most=most, focus=focus)
+    return Contender(name, title, method, weights, options, space, None, most, focus, swaps)
 
 
 LINEUP: tuple[Contender, ...] = (
@@ -71,6 +105,11 @@ LINEUP: tuple[Contender, ...] = (
     _row("karcher", "Karcher mean", "karcher", (1.0, 0.5), lam=(1.0, 0.7, 1.4)),
     _row("model_stock", "Model Stock", "model_stock", (1.0,), lam=(1.0, 1.5, 2.0)),
     _row("lines", "LiNeS + sum", "lines", (1.0, 0.7), first=(0.5, 0.3, 0.1), last=(1.0, 0.7)),
+    _row(
+        *("layer_swapping", "Layer Swapping", "layer_assignment", (1.0, 0.7, 1.4)),
+        most=2,
+        swaps=((5 / 32, 2 / 32), (10 / 32, 4 / 32)),  # the paper's blocks of 32, and twice as many
+    ),
     _row("ties", "TIES", "ties", density=_DENSITIES),
     _row("dare_linear", "DARE", "dare_linear", density=_DENSITIES),
     _row("dare_ties", "DARE-TIES", "dare_ties", density=_DENSITIES, trim=(1.0, 0.2)),

@@ -229,6 +229,7 @@ class _Bench:
             *(contender.name, contender.method, contender.weights, dict(contender.choices)),
             *(contender.space, contender.hi.model_dump() if contender.hi else None),
             *(["focused"] if contender.focus else []),
+            *([contender.swaps] if contender.swaps else []),
         ]
         own = [self.options.budget, [self.tasks[n].guide for n in names], self.options.seed]
         self._cell(
@@ -250,6 +251,7 @@ class _Bench:
                     self.model.delete_adapter(name)
 
     def _searched(self, adapters: Mapping[str, str], contender: Contender) -> dict[str, Any]:
+        layers = Combiner(read_adapters(self.model, list(adapters.values()))).table()
         request = prepare(
             self.model,
             get_method("coefficient_search"),
@@ -257,7 +259,7 @@ class _Bench:
             options={
                 "base": contender.method,
                 "values": contender.weights,
-                "choices": contender.choices,
+                "choices": contender.options(list(adapters.values()), list(layers)),
                 "base_space": contender.space,
                 "budget": self.options.budget,
             },
