@@ -25,7 +25,7 @@ from .ledger import Ledger, open_ledger
 from .lowrank import LowRank
 from .names import check_adapter_names, check_new_name
 from .plan import MergePlan
-from .probe import Probe, preserved
+from .probe import Probe, Strategy, preserved
 from .processes import Team, together
 from .randomness import capture, install
 from .reached import Reached
@@ -102,7 +102,8 @@ def merge_adapters_hi(
         config.check_names(names, list(eval_fns))
         check_search(config)
         listeners = tuple(callbacks) if team.main else ()
-        read = read_sources(model, names, eval_fns if config.focus else None, team, listeners)
+        shown = eval_fns if config.focus else None
+        read = read_sources(model, names, shown, team, config.strategy, listeners)
         run = Run(Combiner(read), _tasks(read, eval_fns, config), config, listeners)
         probe = _probe(model, run.combiner, config)
         with (
@@ -140,6 +141,7 @@ def read_sources(
     names: Sequence[str],
     shown: Mapping[str, EvalFn] | None,
     team: Team,
+    strategy: Strategy,
     listeners: Sequence[Listener] = (),
 ) -> list[Adapter]:
     """Return the adapters that a merge starts from, alike on every process.
@@ -150,6 +152,8 @@ def read_sources(
         shown: adapter -> eval function whose inputs it is focused on; None takes all as they are.
             An adapter that is zero everywhere makes nobody focus, and one alone is left as it is.
         team: the processes that all call this.
+        strategy: how states will be put into the model; one that it cannot have is refused before
+            an eval function runs.
         listeners: hear of the start.
     """
     read = read_adapters(model, names)
@@ -158,6 +162,7 @@ def read_sources(
     alive = list(named)
     if shown is None or len(alive) < 2:
         return read
+    Probe(model, Combiner(read), strategy)
     parts = None
     if team.main:
         for listener in listeners:

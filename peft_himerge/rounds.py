@@ -196,7 +196,7 @@ def _model_wise(
     A density or scale that is left to the search counts as 1.
     """
     shown = job.eval_fns if job.config.focus and analysis == "scores" else None
-    combiner = Combiner(read_sources(model, names, shown, team, listeners))
+    combiner = Combiner(read_sources(model, names, shown, team, job.config.strategy, listeners))
     edits = {name: job.config.model_wise_edit(name) for name in names}
     plan = combiner.plan(edits, prune_scope=job.config.prune_scope)
     plans: dict[str, MergePlan | str] = {"base": MergePlan.base()}

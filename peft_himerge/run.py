@@ -178,16 +178,16 @@ class Run:
         scored = {scale: self._scores(engine, plan) for scale, plan in tried.items()}
         best = max(scored, key=lambda scale: (_mean(scored[scale]), -scale))
         if self.config.search == "together":
-            best = min(
-                (scale for scale in scored if not self._better(scored[best], scored[scale])),
-                key=lambda scale: (abs(math.log(scale)), scale),
-            )
+            top = scored[best]
+            like = [
+                s for s, own in scored.items() if _mean(top) - _mean(own) <= self._noise(top, own)
+            ]
+            best = min(like, key=lambda scale: (abs(math.log(scale)), scale))
         self.plan = tried[best]
 
-    def _better(self, one: Mapping[str, Score], other: Mapping[str, Score]) -> bool:
-        """True if the mean of scores beats that of others by more than the tolerance."""
-        noise = self.config.tolerance_of(_paired_error(one, other))
-        return _mean(one) - _mean(other) > noise
+    def _noise(self, one: Mapping[str, Score], other: Mapping[str, Score], tries: int = 1) -> float:
+        """Return the difference of two mean scores up to which it counts as none."""
+        return self.config.tolerance_of(_paired_error(one, other), tries)
 
     def _gains(self) -> dict[str, float]:
         gains = {
@@ -277,9 +277,8 @@ class Run:
             rise: True if an equal score is not enough.
         """
         before, after = self._scores(engine, self.plan), self._scores(engine, other)
-        won, noise = _mean(after) - _mean(before), 0.0
-        if tries is not None:
-            noise = self.config.tolerance_of(_paired_error(after, before), tries)
+        won = _mean(after) - _mean(before)
+        noise = 0.0 if tries is None else self._noise(after, before, tries)
         return won > noise or (won == noise == 0.0 and not rise)
 
     def _try(

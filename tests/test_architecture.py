@@ -190,7 +190,7 @@ ROOMS: dict[str, set[str]] = {
     "bench": {
         *("demo", "adapters", "combine", "config", "errors", "evals", "files", "focus", "hi"),
         *("identity", "json_file", "methods", "outputs", "plan", "probe", "request", "result"),
-        *("conflict", "contribution", "folders", "scoring", "trials"),
+        *("conflict", "contribution", "folders", "layers", "scoring", "trials"),
     },
     "cli_bench": {"bench", "errors", "files"},
     "cli_check": {"errors", "portable"},

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from snapshot import moved, snapshot
 from torch import nn
 
-from peft_himerge import MergeResult, apply_plan, merge_adapters_hi
+from peft_himerge import HiMergeConfig, MergeResult, apply_plan, merge_adapters_hi
 from peft_himerge.adapters import lora_layers
 from peft_himerge.combine import add_to_weight
 from peft_himerge.errors import AdapterError, EvalError
@@ -611,10 +611,16 @@ def test_offloaded_weights_are_scored_by_adding_the_deltas_output() -> None:
 
 
 def test_fold_of_a_quantised_weight_is_refused_by_name() -> None:
-    model, fns = quantised(), tiny.eval_fns("llama", NAMES)
+    model = quantised()
     before = snapshot(model)
-    with pytest.raises(AdapterError, match=r"strategy='fold'.*lm_head|strategy='fold'.*layers\."):
-        run(model, fns, strategy="fold")
+
+    def never(_: object) -> float:
+        raise AssertionError("an eval function ran")
+
+    fns: dict[str, Any] = dict.fromkeys(NAMES, never)
+    for config in (HiMergeConfig(strategy="fold"), paper(strategy="fold")):
+        with pytest.raises(AdapterError, match=r"strategy='fold'.*(lm_head|layers\.)"):
+            merge_adapters_hi(model, NAMES, fns, config=config)
     assert moved(before, snapshot(model)) == []
 
 
