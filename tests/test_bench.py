@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -665,11 +666,13 @@ def test_studies_say_what_the_scripts_found(
     assert studies(tmp_path) == ""
     folders = [f"--{n}={root / n}" for n in ("base", "adapters", "data")]
     sizes = [*folders, "--rows=16"]
-    out = {name: f"--out={tmp_path / name}.json" for name in ("stability", "surface", "ranks")}
+    made = ("stability", "surface", "ranks", "overlap")
+    out = {name: f"--out={tmp_path / name}.json" for name in made}
     _run_script("stability.py", ["one", "two", *sizes, "--draws=2", out["stability"]], monkeypatch)
     _run_script("surface.py", ["one", *sizes, out["surface"]], monkeypatch)
     more = [f"--cells={done}", "--contender=hi_paper", out["ranks"]]
     _run_script("ranks.py", ["one+two", *folders, *more], monkeypatch)
+    _run_script("overlap.py", ["one", "two", folders[1], out["overlap"]], monkeypatch)
     shutil.copytree(done, tmp_path / "guides" / "measure")
     shutil.copytree(done, tmp_path / "several")
     text = studies(tmp_path)
@@ -683,13 +686,35 @@ def test_studies_say_what_the_scripts_found(
     assert f"| 0.5 | {scores} |" in text
     exact = found["ranks"]["settings"]["one+two"][-1]
     assert f"| exact | {exact['rank']} | {exact['export_error']:.3f} |" in text
+    pair = found["overlap"]["pairs"]["one+two"]
+    assert f"| one+two | {pair['modules']} | {pair['mean']:.3f} | {pair['least']:.3f} |" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## More than two adapters at once",
         "## Chosen by another score: measure",
         "## How many examples the analysis needs",
         "## Density and scale of a single adapter",
         "## Rank of the exported adapter",
+        "## Do the adapters read the same directions?",
     ]
+
+
+def test_overlap_is_that_of_the_directions_whatever_their_size_and_basis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = torch.eye(8)[:2]
+    turned = torch.tensor([[3.0, 4.0], [-8.0, 6.0]]) @ a  # the same two directions
+    half = torch.stack([torch.eye(8)[0], (torch.eye(8)[1] + torch.eye(8)[2]) * 0.1])  # 45 degrees
+    for name, factor in (("one", a), ("two", turned), ("three", half), ("four", torch.eye(8)[4:6])):
+        (tmp_path / name).mkdir()
+        weights = {"x.lora_A.weight": factor.contiguous(), "x.lora_B.weight": torch.ones(3, 2)}
+        save_file(weights, tmp_path / name / "adapter_model.safetensors")
+    out = tmp_path / "found.json"
+    names = ["one", "two", "three", "four"]
+    _run_script("overlap.py", [*names, f"--adapters={tmp_path}", f"--out={out}"], monkeypatch)
+    found = {pair: row["mean"] for pair, row in json.loads(out.read_text())["pairs"].items()}
+    between = (1 + math.sqrt(0.5)) / 2
+    want = {"one+two": 1.0, "one+three": between, "two+three": between, "one+four": 0.0}
+    assert found == pytest.approx({**want, "two+four": 0.0, "three+four": 0.0}, abs=1e-6)
 
 
 def test_states_are_kept_when_other_rows_are_drawn(root: Path, tmp_path: Path) -> None:

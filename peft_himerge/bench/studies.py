@@ -18,10 +18,11 @@ def studies(folder: str | Path) -> str:
         folder: holds `cells`, `several` (cells of settings of more than two adapters),
             `repeats/<any>` (cells of the same settings, run again),
             `guides/<name>` (cells of contenders that chose by another score), and what the scripts
-            in examples/bench wrote: `stability*.json`, `surface*.json`, `ranks*.json`.
+            in examples/bench wrote: `stability*.json`, `surface*.json`, `ranks*.json`,
+            `overlap*.json`.
     """
     found = Path(folder)
-    of = (_several, _repeated, _guides, _stability, _surface, _ranks)
+    of = (_several, _repeated, _guides, _stability, _surface, _ranks, _overlap)
     return "\n\n".join(part for part in (make(found) for make in of) if part)
 
 
@@ -128,4 +129,24 @@ def _ranks(folder: Path) -> str:
         "## Rank of the exported adapter\n\n"
         "The same plan (Hi-Merging, joint) exported as LoRA adapters of several ranks; the error "
         "is that of the delta, relative to its norm.\n\n" + "\n\n".join(parts)
+    )
+
+
+def _overlap(folder: Path) -> str:
+    parts = []
+    for told in _read(folder, "overlap"):
+        header = ["adapters", "modules", "mean cosine", "least cosine"]
+        lines = [
+            [pair, str(row["modules"]), f"{row['mean']:.3f}", f"{row['least']:.3f}"]
+            for pair, row in told["pairs"].items()
+        ]
+        lines.append(["one of them and random directions", "", f"{told['random']:.3f}", ""])
+        parts.append(markdown(header, lines))
+    if not parts:
+        return ""
+    return (
+        "## Do the adapters read the same directions?\n\n"
+        "Cosine of the principal angles between the row spaces of two adapters' A, mean of a "
+        "module; 1 is the same directions. A starts at random and moves little: near 1 means that "
+        "two adapters were trained from the same seed.\n\n" + "\n\n".join(parts)
     )
