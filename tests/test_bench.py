@@ -450,6 +450,15 @@ def test_layer_swapping_may_choose_either_way_round_and_two_widths(
         assert all(share["a"] + share["b"] == 1.0 for share in one.values())
 
 
+def test_layer_swapping_takes_its_shares_of_every_kind_of_block() -> None:
+    swapping = next(contender for contender in LINEUP if contender.swaps)
+    encoder, decoder = ([f"{kind}.block.{i}" for i in range(3)] for kind in ("encoder", "decoder"))
+    both = swapping.options(["a", "b"], [*encoder, "outside", *decoder])["assignment"]
+    for kind in (encoder, decoder):
+        alone = swapping.options(["a", "b"], [*kind, "outside"])["assignment"]
+        assert [{x: one[x] for x in (*kind, "outside")} for one in both] == alone
+
+
 def test_ablations_change_options_of_one_variant_and_are_run_when_named() -> None:
     assert choose(("ablations",), 2) == ABLATIONS
     assert [c.name for c in choose(("hi_two_se", "ties"), 2)] == ["ties", "hi_two_se"]

@@ -74,11 +74,17 @@ class Contender:
 def _swapped(
     layers: Sequence[str], outer: str, inner: str, first: float, last: float
 ) -> dict[str, dict[str, float]]:
-    count = len({layer for layer in layers if layer != OUTSIDE})
-    bottom = max(1, round(first * count))
-    top = min(max(1, round(last * count)), count - bottom)
-    room = bottom + top + 2 <= count  # a small model has no blocks between the zones
-    return zones(layers, outer=outer, inner=inner, bottom=bottom, top=top, transition=int(room))
+    kinds: dict[str, list[str]] = {}  # a model may have blocks of several kinds
+    for layer in layers:
+        kinds.setdefault(layer.rpartition(".")[0], []).append(layer)
+    found: dict[str, dict[str, float]] = {}
+    for labels in kinds.values():
+        count = len([label for label in labels if label != OUTSIDE])
+        bottom = min(max(1, round(first * count)), count)
+        top = min(max(1, round(last * count)), count - bottom)
+        room = int(bottom + top + 2 <= count)  # of few blocks none is between the zones
+        found |= zones(labels, outer=outer, inner=inner, bottom=bottom, top=top, transition=room)
+    return found
 
 
 def _row(
