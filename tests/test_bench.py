@@ -684,6 +684,7 @@ def test_studies_say_what_the_scripts_found(
     _run_script("overlap.py", ["one", "two", folders[1], out["overlap"]], monkeypatch)
     shutil.copytree(done, tmp_path / "guides" / "measure")
     shutil.copytree(done, tmp_path / "several")
+    shutil.copytree(done, tmp_path / "other_seed")
     text = studies(tmp_path)
     assert render(done).strip() in text
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in out}
@@ -704,6 +705,7 @@ def test_studies_say_what_the_scripts_found(
         "## Density and scale of a single adapter",
         "## Rank of the exported adapter",
         "## Do the adapters read the same directions?",
+        "## With an adapter of another seed",
     ]
 
 

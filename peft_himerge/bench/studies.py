@@ -16,13 +16,13 @@ def studies(folder: str | Path) -> str:
 
     Args:
         folder: holds `cells`, `several` (cells of settings of more than two adapters),
-            `repeats/<any>` (cells of the same settings, run again),
+            `other_seed` (cells of an adapter trained from another seed), `repeats/<any>` (cells of the same settings, run again),
             `guides/<name>` (cells of contenders that chose by another score), and what the scripts
             in examples/bench wrote: `stability*.json`, `surface*.json`, `ranks*.json`,
             `overlap*.json`.
     """
     found = Path(folder)
-    of = (_several, _repeated, _guides, _stability, _surface, _ranks, _overlap)
+    of = (_several, _repeated, _guides, _stability, _surface, _ranks, _overlap, _other_seed)
     return "\n\n".join(part for part in (make(found) for make in of) if part)
 
 
@@ -149,4 +149,15 @@ def _overlap(folder: Path) -> str:
         "Cosine of the principal angles between the row spaces of two adapters' A, mean of a "
         "module; 1 is the same directions. A starts at random and moves little: near 1 means that "
         "two adapters were trained from the same seed.\n\n" + "\n\n".join(parts)
+    )
+
+
+def _other_seed(folder: Path) -> str:
+    cells = folder / "other_seed"
+    if not cells.is_dir():
+        return ""
+    return (
+        "## With an adapter of another seed\n\n"
+        "The same rows; the first adapter was trained anew from another seed, so that it reads "
+        f"other directions than the second.\n\n{details(cells).strip()}"
     )
