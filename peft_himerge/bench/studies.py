@@ -16,7 +16,8 @@ def studies(folder: str | Path) -> str:
 
     Args:
         folder: holds `cells`, `several` (cells of settings of more than two adapters),
-            `other_seed` (cells of an adapter trained from another seed), `repeats/<any>` (cells of the same settings, run again),
+            `other_seed` (cells of an adapter trained from another seed),
+            `repeats/<any>` (cells of the same settings, run again),
             `guides/<name>` (cells of contenders that chose by another score), and what the scripts
             in examples/bench wrote: `stability*.json`, `surface*.json`, `ranks*.json`,
             `overlap*.json`.
