@@ -37,25 +37,27 @@ def cosine(one: Tensor, other: Tensor) -> float:
 def main() -> None:
     """Compare every pair of adapters module by module, and write what came out."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("adapters_named", nargs="+", metavar="NAME", help="names of adapters")
+    parser.add_argument("names", nargs="+", help="names of two or more adapters")
     parser.add_argument("--adapters", type=Path, required=True, help="folder of adapter folders")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("overlap.json"))
     args = parser.parse_args()
-    found = {name: bases(args.adapters / name) for name in args.adapters_named}
+    found = {name: bases(args.adapters / name) for name in args.names}
+    first = found[args.names[0]]
     draw = torch.Generator().manual_seed(0)
     random = {
         name: torch.linalg.qr(torch.randn(q.shape, generator=draw, dtype=q.dtype)).Q
-        for name, q in found[args.adapters_named[0]].items()
+        for name, q in first.items()
     }
     pairs = {}
-    for one, other in combinations(args.adapters_named, 2):
+    for one, other in combinations(args.names, 2):
         every = [cosine(q, found[other][m]) for m, q in found[one].items() if m in found[other]]
+        if not every:
+            parser.error(f"{one!r} and {other!r} have no module in common")
         pairs[f"{one}+{other}"] = {
             "modules": len(every),
             "mean": statistics.fmean(every),
             "least": min(every),
         }
-    first = found[args.adapters_named[0]]
     told = {
         "pairs": pairs,
         "random": statistics.fmean(cosine(q, random[name]) for name, q in first.items()),
