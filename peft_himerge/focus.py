@@ -161,12 +161,13 @@ def recalled(
 
 
 def write_focused(model: PeftModel, adapter: Adapter, folder: Path) -> None:
-    """Write a `refocused` adapter to an empty folder in PEFT's layout, bit by bit.
+    """Write a `refocused` adapter to a new folder in PEFT's layout, bit by bit.
 
     PEFT writes what a model holds, so it is in the model for the while, inactive.
     """
     parts = {m: LowRank(f.b, f.a, 0.0, 0.0) for m, f in adapter.factors.items()}
     name = next(n for n in map("focused_{}".format, range(1 << 30)) if n not in model.peft_config)
+    folder.mkdir(parents=True)
     with preserved(model):
         try:
             export.add_adapter(model, name, Combiner([adapter]), parts)

@@ -1,14 +1,16 @@
 """Folders that are written: by one process at a time, and seen as a whole or not at all.
 
 New files are made in a folder inside the target. When all are whole and on the disk, that folder
-gets another name: from then on they count. Then each moves to its place. The config, without which
-nobody takes the folder for an adapter or a model, is removed first and comes last, so a folder
-with a config holds the files of one writing only. What a killed process had finished but not moved
-is moved by the next one that writes there; what it had not finished is removed.
+gets another name: from then on they count. Then each moves to its place, those in folders inside
+too. The configs, without which nobody takes a folder for an adapter or a model, are removed first
+and come last, so a folder with a config holds the files of one writing only. What a killed process
+had finished but not moved is moved by the next one that writes there; what it had not finished is
+removed.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
@@ -90,10 +92,12 @@ def owning(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
 def publishing(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder to write files to; on success they all take their places in `folder`.
 
-    Until then `folder` is as it was, also if writing fails. Its other files stay.
+    Until then `folder` is as it was, also if writing fails. Its other files stay, also those in
+    folders of the same names. Empty folders are not taken over.
 
     Raises:
-        OutputError: as `owning`; or the disk is full, or went away.
+        OutputError: as `owning`; or the disk is full, or went away; or a folder is where a file is
+            to go, or a file where a folder.
     """
     target = Path(folder)
     with owning(target), told(target):
@@ -101,13 +105,21 @@ def publishing(folder: str | Path) -> Iterator[Path]:
         new.mkdir()
         try:
             yield new
-            for path in sorted(new.iterdir()):
+            _check_room(new, target)
+            for path in (*sorted(new.rglob("*")), new):
                 sync(path)
-            sync(new)
             new.rename(target / _READY)
         finally:
             shutil.rmtree(new, ignore_errors=True)
         _move(target)
+
+
+def _check_room(new: Path, target: Path) -> None:
+    for path in sorted(new.rglob("*")):
+        place = target / path.relative_to(new)
+        if place.exists() and place.is_dir() != path.is_dir():
+            code = errno.EISDIR if place.is_dir() else errno.ENOTDIR
+            raise OSError(code, os.strerror(code), str(place))
 
 
 def _move(target: Path) -> None:
@@ -115,16 +127,21 @@ def _move(target: Path) -> None:
     ready = target / _READY
     if not ready.is_dir():
         return
-    names = sorted((p.name for p in ready.iterdir()), key=lambda n: (n in _CONFIGS, n))
-    for name in _CONFIGS.intersection(names):
+    # Of the configs that of `target` itself, which holds the others, goes first and comes last.
+    waiting = [path.relative_to(ready) for path in ready.rglob("*") if path.is_file()]
+    waiting.sort(key=lambda name: (-len(name.parts), name))
+    configs = [name for name in waiting if name.name in _CONFIGS]
+    folders = sorted({target, *(target / up for name in waiting for up in name.parents)})
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    for name in reversed(configs):
         (target / name).unlink(missing_ok=True)
-    sync(target)
-    for name in names:
-        if name in _CONFIGS:
-            sync(target)
-        (ready / name).replace(target / name)
-    sync(target)
-    ready.rmdir()
+    for names in ([], [name for name in waiting if name not in configs], configs):
+        for name in names:
+            (ready / name).replace(target / name)
+        for folder in folders:
+            sync(folder)
+    shutil.rmtree(ready)
 
 
 def _clear(target: Path) -> None:

@@ -157,11 +157,11 @@ class MergeResult:
     ) -> Path:
         """Write the merged adapter in PEFT's layout, plan.json, report.json, report.md, README.md.
 
-        Focused adapters that were merged go to the folder `focused` inside first, one folder each,
-        all or none of its files: the plan is for them. Also report.html, a page of about 5 MB that
-        opens from disk without a network. The report holds norms, cosines, signs and singular
-        values of the deltas, which takes well under a second for a model of 0.3 billion parameters
-        and some seconds for one of 7 billion.
+        Focused adapters that were merged go to the folder `focused` inside, one folder each: the
+        plan is for them. Also report.html, a page of about 5 MB that opens from disk without a
+        network. The report holds norms, cosines, signs and singular values of the deltas, which
+        takes well under a second for a model of 0.3 billion parameters and some seconds for one of
+        7 billion.
 
         Args:
             folder: created if it is not there; files of these names are replaced, all or none.
@@ -180,11 +180,10 @@ class MergeResult:
         shown = deltas_of(self.model, self.adapter_name, self._unchanged)
         facts = self.to_dict() | {"geometry": shown}
         base = self.model.peft_config[self.adapter_name].base_model_name_or_path
-        for name, adapter in self._combiner.adapters.items():
-            if adapter.focused:
-                with publishing(Path(folder) / FOCUSED / name) as new:
-                    write_focused(self.model, adapter, new)
         with publishing(folder) as new:
+            for name, adapter in self._combiner.adapters.items():
+                if adapter.focused:
+                    write_focused(self.model, adapter, new / FOCUSED / name)
             files.write_text(new / "plan.json", self.plan.to_json())
             save_reports(new, facts, page=page)
             files.write_text(new / "README.md", card.render_card(facts, base, licences))

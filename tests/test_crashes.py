@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
 import random
@@ -25,7 +26,13 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_himerge.result as result_room
-from peft_himerge import apply_plan, merge_adapters, merge_adapters_hi, merge_folders
+from peft_himerge import (
+    HiMergeConfig,
+    apply_plan,
+    merge_adapters,
+    merge_adapters_hi,
+    merge_folders,
+)
 from peft_himerge.errors import HiMergeError, OutputError
 from peft_himerge.files import replacing, write_text
 from peft_himerge.outputs import LOCK, owning, publishing
@@ -119,7 +126,12 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def configs(root: Path) -> list[Path]:
     marks = ("adapter_config.json", "config.json")
-    return [p for name in marks for p in root.rglob(name) if not p.parent.name.startswith(".")]
+    return [
+        path
+        for name in marks
+        for path in root.rglob(name)
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
 
 
 def assert_whole(root: Path, *generations: dict[str, bytes]) -> None:
@@ -127,7 +139,7 @@ def assert_whole(root: Path, *generations: dict[str, bytes]) -> None:
     for config in configs(root):
         folder = config.parent
         seen = {n: text for n, text in contents(folder).items() if not n.startswith(".")}
-        head = f"{folder.name}/"
+        head = f"{folder.relative_to(root)}/"
         wholes = [
             {n.removeprefix(head): text for n, text in whole.items() if n.startswith(head)}
             for whole in generations
@@ -193,7 +205,7 @@ def test_killed_at_a_random_moment_and_run_again(
 
 # ------------------------------------------------------------------------- before every operation
 
-WRITERS = ("hi", "checkpoint", "ties", "ties checkpoint", "folders")
+WRITERS = ("hi", "checkpoint", "focused", "ties", "ties checkpoint", "folders")
 
 
 @dataclass(frozen=True)
@@ -225,7 +237,15 @@ def write(
         numbers = paper(density=density, scale=0.9, rank=3)
         plan = merge_folders(inputs.adapters, tmp_path / "plan", config=numbers).plan
         name = f"x{plan.fingerprint[:6]}"
-        if kind in ("hi", "checkpoint"):
+        if kind == "focused":
+            seen = evals()
+            for fn in seen.values():
+                fn._token += round(10 * density)
+            config = HiMergeConfig(variant="focused", scale=density, accept="never", rank=3)
+            results[density] = merge_adapters_hi(
+                model(), NAMES, seen, adapter_name=name, config=config
+            )
+        elif kind in ("hi", "checkpoint"):
             results[density] = apply_plan(model(), plan, adapter_name=name, rank=3)
         elif kind != "folders":
             results[density] = merge_adapters(
@@ -240,7 +260,7 @@ def write(
             return results[density].save_merged(inputs.base, out)
         return results[density].save(out)
 
-    yield Writer(1 if kind in ("hi", "checkpoint") else 5, of)
+    yield Writer({"hi": 1, "checkpoint": 1, "focused": 3}.get(kind, 5), of)
     for result in results.values():
         model().delete_adapter(result.adapter_name)
 
@@ -298,8 +318,17 @@ def assert_synced(told: list[str]) -> None:
     assert any(p.endswith("/.himerge-new") for p in synced)
     moved = [paths[1] for op, *paths in after if op == "os.rename"]
     assert len(moved) == len(files)
-    assert moved[-1].endswith("config.json")
-    assert sum(op == "fsync" for op, *_ in after) == 3  # config gone, others there, config there
+    config = [Path(path).name in ("adapter_config.json", "config.json") for path in moved]
+    assert config == sorted(config)
+    assert config[-1]
+    assert moved[-1].endswith("/out/" + Path(moved[-1]).name)
+    # Of every folder: configs gone, others there, configs there.
+    folders = {Path(path).parent for path in moved}
+    folders |= {
+        up for f in folders for up in f.parents if up.is_relative_to(Path(moved[-1]).parent)
+    }
+    gone = collections.Counter(paths[0] for op, *paths in after if op == "fsync")
+    assert gone == {str(folder): 3 for folder in folders}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
@@ -421,6 +450,28 @@ def test_what_a_living_process_or_another_machine_is_writing_stays(tmp_path: Pat
 
 
 # ---------------------------------------------------------------------------------- not alone
+
+
+def publish(folder: Path, name: str) -> None:
+    with publishing(folder) as new:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        (new / name).write_text("new", encoding="utf-8")
+
+
+def test_a_file_is_not_written_where_a_folder_is_nor_a_folder_where_a_file_is(
+    tmp_path: Path,
+) -> None:
+    for made, taken in (("plan.json", "plan.json/mine"), ("focused/en/plan.json", "focused")):
+        folder = tmp_path / Path(taken).name
+        (folder / taken).parent.mkdir(parents=True)
+        (folder / taken).write_text("mine", encoding="utf-8")
+        was = contents(folder)
+        for _ in range(2):
+            with pytest.raises(OutputError, match=r"It is as it was\. Make room"):
+                publish(folder, made)
+            assert contents(folder) == was
+        publish(folder, "other.json")  # nothing is in the way of what comes next
+        assert contents(folder) == was | {"other.json": b"new"}
 
 
 def owner(folder: Path, until: Path) -> Callable[[], None]:
