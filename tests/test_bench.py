@@ -685,8 +685,10 @@ def test_studies_say_what_the_scripts_found(
     shutil.copytree(done, tmp_path / "guides" / "measure")
     shutil.copytree(done, tmp_path / "several")
     shutil.copytree(done, tmp_path / "other_seed")
+    shutil.copytree(done, tmp_path / "ablations")
     text = studies(tmp_path)
     assert render(done).strip() in text
+    assert f"With {ROWS} validation and {TEST} test rows per task." in text
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in out}
     first = found["stability"]["stability"]["0.0"][0]
     assert f"| {first['metric']} | 8 | {first['kinds']:.0%} | {first['chance']:.0%} |" in text
@@ -700,6 +702,7 @@ def test_studies_say_what_the_scripts_found(
     assert f"| one+two | {pair['modules']} | {pair['mean']:.3f} | {pair['least']:.3f} |" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## More than two adapters at once",
+        "## One option of Hi-Merging changed",
         "## Chosen by another score: measure",
         "## How many examples the analysis needs",
         "## Density and scale of a single adapter",

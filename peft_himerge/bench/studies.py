@@ -16,6 +16,7 @@ def studies(folder: str | Path) -> str:
 
     Args:
         folder: holds `cells`, `several` (cells of settings of more than two adapters),
+            `ablations` (cells of Hi-Merging with one option changed, on rows of their own),
             `other_seed` (cells of an adapter trained from another seed),
             `repeats/<any>` (cells of the same settings, run again),
             `guides/<name>` (cells of contenders that chose by another score), and what the scripts
@@ -23,7 +24,10 @@ def studies(folder: str | Path) -> str:
             `overlap*.json`.
     """
     found = Path(folder)
-    of = (_several, _repeated, _guides, _stability, _surface, _ranks, _overlap, _other_seed)
+    of = (
+        *(_several, _ablations, _repeated, _guides),
+        *(_stability, _surface, _ranks, _overlap, _other_seed),
+    )
     return "\n\n".join(part for part in (make(found) for make in of) if part)
 
 
@@ -37,6 +41,23 @@ def _several(folder: Path) -> str:
     if not cells.is_dir():
         return ""
     return f"## More than two adapters at once\n\n{details(cells).strip()}"
+
+
+def _ablations(folder: Path) -> str:
+    cells = folder / "ablations"
+    if not cells.is_dir():
+        return ""
+    options = [
+        json.loads(path.read_text(encoding="utf-8"))["options"]
+        for path in sorted((cells / "merges").rglob("*.json"))
+    ]
+    chosen, judged = (sorted({str(o[key]) for o in options}) for key in ("rows", "test_rows"))
+    return (
+        "## One option of Hi-Merging changed\n\n"
+        f"With {' or '.join(chosen)} validation and {' or '.join(judged)} test rows per task. The "
+        "rows are the same for everybody, so that differences are surer than the ± of each.\n\n"
+        + details(cells).strip()
+    )
 
 
 def _repeated(folder: Path) -> str:
