@@ -182,6 +182,10 @@ class Mixture:
             b, a = f.scaled()
             self._now[module] = _Branch(a, b)
 
+    def lend(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Show other deltas: module -> (B, A), scaling included; others show the base."""
+        self._now = {module: _Branch(a, b) for module, (b, a) in factors.items()}
+
     def hook(self, module: str) -> Callable[..., Tensor]:
         """Return the forward hook of one adapted module."""
 

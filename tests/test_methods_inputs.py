@@ -15,7 +15,7 @@ from test_mixture import convolutions
 from tiny import KINDS, NAMES, add_adapters, default_specs, eval_fns, peft_model, tiny_model
 from torch import Tensor, nn
 
-from peft_himerge import merge_adapters
+from peft_himerge import focus_adapters, merge_adapters
 from peft_himerge.errors import ConfigError
 from peft_himerge.merging import AdapterMerge
 from peft_himerge.methods import regmean as regmean_method
@@ -61,13 +61,23 @@ def same(merge: AdapterMerge, want: Mapping[str, Tensor], dense: DenseModel, tol
 # ----------------------------------------------------------------------------------------- RegMean
 
 
-def token_rows(dense: DenseModel, inputs: Inputs, module: str, kind: str) -> dict[str, Tensor]:
-    """Return adapter -> every input row of `module` that is no padding, from the dense model."""
+def token_rows(
+    dense: DenseModel,
+    inputs: Inputs,
+    module: str,
+    kind: str,
+    merged: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return adapter -> every input row of `module` that is no padding, from the dense model.
+
+    With each adapter alone, or with the weights `merged`.
+    """
     found = {}
     for name in dense.names:
         rows = []
         for batch in inputs[name]:
-            for x in dense.inputs(dense.alone(name), batch)[module]:
+            weights = dense.alone(name) if merged is None else merged
+            for x in dense.inputs(weights, batch)[module]:
                 mask = batch["attention_mask"].bool()
                 decoder = kind == "t5" and module.startswith("decoder")
                 if decoder and not ("EncDec" in module and module[-2:] in (".k", ".v")):
@@ -119,6 +129,37 @@ def test_regmean_is_the_dense_formula(kind: str) -> None:
     assert merge.export_error < 1e-6
     assert merge.fitted["examples"] == dict.fromkeys(TRIO, 6)
     assert merge.fitted["without_input"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_regmean_in_rounds_sees_what_the_merged_model_gives(kind: str) -> None:
+    model = peft_model(kind, 3)
+    dense, inputs = dense_of(model, kind), inputs_of(kind, TRIO)
+    options: dict[str, Any] = {"off_diagonal": 0.8, "ridge": 1e-4, "rounds": 3}
+    before = snapshot(model)
+    merge = merge_adapters(model, TRIO, "regmean", inputs=inputs, **options)
+    assert moved(before, snapshot(model, but="merged")) == []
+    want: dict[str, Tensor] = {}
+    merged = None
+    for _ in range(3):
+        old = want
+        want = {
+            module: regmean_truth(
+                dense, token_rows(dense, inputs, module, kind, merged), module, 0.8, 1e-4
+            )
+            for module in dense.modules
+        }
+        merged = {
+            f"{module}.weight": dense.plain.get_submodule(module).weight.detach() + delta
+            for module, delta in want.items()
+        }
+    same(merge, want, dense, 1e-6)
+    assert max(float((old[m] - want[m]).norm() / want[m].norm()) for m in want) > 1e-4
+    assert merge.fitted["passes"] == 3
+    # The same, taken apart by adapter.
+    made = focus_adapters(model, TRIO, inputs, **options)
+    parts = merge_adapters(model, list(made.values()), "cat", adapter_name="parts")
+    same(parts, want, dense, 1e-6)
 
 
 def test_regmean_minimises_the_error_of_the_outputs() -> None:
@@ -417,6 +458,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("regmean", {"off_diagonal": 1.5}, "off_diagonal must be"),
     ("regmean", {"ridge": -1.0}, "ridge must be"),
     ("regmean", {"gram_gib": "much"}, "gram_gib must be"),
+    ("regmean", {"rounds": 0}, "rounds must be"),
     ("regmean", {"inputs": None}, "needs inputs: pass inputs"),
     ("regmean", {"inputs": {"en": []}}, "no batches for adapter 'zh'"),
     ("regmean", {"space": "knots"}, "space='knots'"),

@@ -37,7 +37,8 @@ class Contender:
         space: where the method runs.
         hi: Hi-Merging's options, for its variants.
         most: the most adapters it can merge.
-        focus: a method of the registry merges focused adapters (`focus_adapters`) instead.
+        rounds: a method of the registry merges adapters that were focused in so many rounds
+            (`focus_adapters`); 0 takes the adapters themselves.
         swaps: what a method may also choose from as its `assignment`: which shares of the blocks,
             the first ones and the last ones, one adapter has and the other has not.
     """
@@ -50,7 +51,7 @@ class Contender:
     space: str = "full"
     hi: HiMergeConfig | None = None
     most: int | None = None
-    focus: bool = False
+    rounds: int = 0
     swaps: tuple[tuple[float, float], ...] = ()
 
     def options(self, adapters: Sequence[str], layers: Sequence[str]) -> dict[str, Sequence[Any]]:
@@ -95,12 +96,12 @@ def _row(
     *,
     space: str = "full",
     most: int | None = None,
-    focus: bool = False,
+    rounds: int = 0,
     swaps: tuple[tuple[float, float], ...] = (),
     **choices: tuple[Any, ...],
 ) -> Contender:
     options = MappingProxyType(choices)
-    return Contender(name, title, method, weights, options, space, None, most, focus, swaps)
+    return Contender(name, title, method, weights, options, space, None, most, rounds, swaps)
 
 
 LINEUP: tuple[Contender, ...] = (
@@ -131,8 +132,10 @@ LINEUP: tuple[Contender, ...] = (
     _row("iso_cts", "Iso-CTS", "iso_cts"),
     _row("wudi", "WUDI", "wudi"),
     _row("widen", "WIDEN", "widen"),
-    _row("regmean", "RegMean (sees prompts)", "cat", (1.0,), focus=True),
-    _row("regmean_tuned", "RegMean, weights tuned", "cat", (0.7, 1.0, 1.25, 1.5), focus=True),
+    _row("regmean", "RegMean (sees prompts)", "cat", (1.0,), rounds=1),
+    _row("regmean_tuned", "RegMean, weights tuned", "cat", (0.7, 1.0, 1.25, 1.5), rounds=1),
+    _row("regmean_pp", "RegMean++ (sees prompts)", "cat", (1.0,), rounds=2),
+    _row("regmean_pp_tuned", "RegMean++, weights tuned", "cat", (0.7, 1.0, 1.25, 1.5), rounds=2),
     Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig(variant="paper")),
     Contender(
         "hi_joint",

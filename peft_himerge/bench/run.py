@@ -228,7 +228,8 @@ class _Bench:
         facts = [
             *(contender.name, contender.method, contender.weights, dict(contender.choices)),
             *(contender.space, contender.hi.model_dump() if contender.hi else None),
-            *(["focused"] if contender.focus else []),
+            *(["focused"] if contender.rounds else []),
+            *([contender.rounds] if contender.rounds > 1 else []),
             *([contender.swaps] if contender.swaps else []),
         ]
         own = [self.options.budget, [self.tasks[n].guide for n in names], self.options.seed]
@@ -240,9 +241,10 @@ class _Bench:
 
     def _method(self, names: tuple[str, ...], contender: Contender) -> dict[str, Any]:
         """Let a method choose its weights and options within the budget."""
-        if not contender.focus:
+        if not contender.rounds:
             return self._searched({name: name for name in names}, contender)
-        made = focus_adapters(self.model, names, {n: self.tasks[n].validation for n in names})
+        inputs = {name: self.tasks[name].validation for name in names}
+        made = focus_adapters(self.model, names, inputs, rounds=contender.rounds)
         try:
             return self._searched(made, contender)
         finally:

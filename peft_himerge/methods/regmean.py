@@ -3,9 +3,9 @@
     M = (sum_i D_i G_i) (sum_j G_j)^-1          G_i = X_i^T X_i / rows, shrunk off the diagonal
 
 The base cancels, and each D_i G_i = B_i (A_i G_i) keeps its thin factor, so the result is exact in
-factor space. Source: arXiv 2212.09849, METHODS 5.2. Gram matrices are summed up while the live
-model runs: two of (in, in) per group of modules that read the same tensor (q, k and v; gate and
-up), however many adapters there are.
+factor space. Source: arXiv 2212.09849, METHODS 5.2; rounds after RegMean++, arXiv 2508.03121. Gram
+matrices are summed up while the live model runs: two of (in, in) per group of modules that read the
+same tensor (q, k and v; gate and up), however many adapters there are.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..mixture import Evidence, Mixture
-from .check import fraction, number
+from .check import fraction, number, whole
 from .registry import Fitted, method
-from .stack import Factored, Result, Stack
+from .stack import Delta, Factored, Result, Stack
 
 __all__ = ["importance", "regmean", "shared_inputs"]
 
@@ -98,6 +99,7 @@ def regmean(
     off_diagonal: float = 0.9,
     ridge: float = 1e-6,
     gram_gib: float = 4.0,
+    rounds: int = 1,
 ) -> Fitted:
     """Merge so that every module's output is nearest to each expert's on that expert's inputs.
 
@@ -121,28 +123,35 @@ def regmean(
             largest as 0, and gives 0 where no input was.
         gram_gib: most GiB of Gram matrices at once (two per group); where it does not suffice the
             batches are run again for the modules left over.
+        rounds: 1 is RegMean. Each further round takes as an expert's inputs what the merged model
+            of the round before gives the modules there, as RegMean++ does (arXiv 2508.03121): the
+            merge is then nearest to the experts on what will reach it. Its authors go through the
+            layers one by one, with the expert's own modules within a layer; we take all at once.
 
     Raises:
         ConfigError: an option is out of range, or a weight negative.
     """
-    off_diagonal = fraction("off_diagonal", off_diagonal)
+    off_diagonal, rounds = fraction("off_diagonal", off_diagonal), whole("rounds", rounds, least=1)
     ridge, limit = number("ridge", ridge, least=0.0), number("gram_gib", gram_gib, least=0.0)
     weights = importance(stacks[0], "regmean")
     kinds = {s.module: evidence.combiner.kind(s.module) for s in stacks}
     plain = [s for s in stacks if kinds[s.module] in ("linear", "conv1d")]
     right: dict[str, list[Tensor]] = {}
-    unreached: list[str] = []
-    passes = 0
     with evidence.mixture() as mixture:
-        todo = shared_inputs(mixture, evidence, plain)
-        todo += [[s] for s in stacks if kinds[s.module] == "embedding"]
-        while todo:
-            passes += 1
-            now = _measured(mixture, evidence, todo, limit * _GIB, weights, off_diagonal)
-            for group in now:
-                if not bool(group.diagonal.any()):
-                    unreached += [s.module for s in group.stacks]
-                right.update(_solved(group, weights, ridge))
+        alike = shared_inputs(mixture, evidence, plain)
+        alike += [[s] for s in stacks if kinds[s.module] == "embedding"]
+        passes, show = 0, mixture.solo
+        for number_of_round in range(rounds):
+            if number_of_round:
+                show = partial(_show, mixture, dict(_run(stacks, right, weights)))
+            todo, unreached = list(alike), []
+            while todo:
+                passes += 1
+                now = _measured(mixture, show, evidence, todo, limit * _GIB, weights, off_diagonal)
+                for group in now:
+                    if not bool(group.diagonal.any()):
+                        unreached += [s.module for s in group.stacks]
+                    right.update(_solved(group, weights, ridge))
     return Fitted(
         lambda again: _run(again, right, weights),
         {
@@ -190,15 +199,23 @@ def shared_inputs(
     return list(groups.values())
 
 
+def _show(mixture: Mixture, merged: Mapping[str, Delta], _name: str) -> None:
+    mixture.lend({m: (d.b, d.a) for m, d in merged.items() if isinstance(d, Factored)})
+
+
 def _measured(
     mixture: Mixture,
+    show: Callable[[str], None],
     evidence: Evidence,
     todo: list[list[Stack]],
     limit: float,
     weights: Sequence[float],
     off_diagonal: float,
 ) -> list[_Group]:
-    """Take as many groups off `todo` as `limit` bytes hold, and measure all adapters there."""
+    """Take as many groups off `todo` as `limit` bytes hold, and measure all adapters there.
+
+    `show` puts the state into the model in which an adapter's batches are run.
+    """
     groups: dict[str, _Group] = {}
     held = 0
     while todo:
@@ -211,7 +228,7 @@ def _measured(
         gram = torch.zeros(shape, dtype=first.dtype, device=first.device)
         groups[first.module] = _Group(todo.pop(0), gram, torch.zeros_like(gram))
     for index, (name, weight) in enumerate(zip(mixture.names, weights, strict=True)):
-        mixture.solo(name)
+        show(name)
         for batch in evidence.batches.of[name]:
             mixture.watch = _taking(mixture, groups, batch)
             mixture.run(batch, logits=False)
@@ -219,8 +236,8 @@ def _measured(
         for module, group in groups.items():
             if not bool(torch.isfinite(group.gram).all()):
                 raise ConfigError(
-                    f"the inputs of module {module!r} hold NaN or infinity when adapter {name!r} "
-                    f"runs on its batches."
+                    f"the inputs of module {module!r} hold NaN or infinity on the batches of "
+                    f"adapter {name!r}."
                 )
             group.finish(index, weight, off_diagonal)
     return list(groups.values())
