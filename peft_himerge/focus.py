@@ -77,7 +77,7 @@ def focus_adapters(
             task's eval function, which is run once to see what it gives the model. No labels are
             needed. A few dozen examples are enough.
         suffix: what the new names end with.
-        options: RegMean's `off_diagonal`, `ridge`, `gram_gib` and `rounds`.
+        options: RegMean's: `off_diagonal`, `ridge`, `gram_gib`, `rounds`, `relative`.
 
     Returns:
         adapter -> name of its focused adapter.

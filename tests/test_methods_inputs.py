@@ -92,23 +92,36 @@ def token_rows(
     return found
 
 
+def shrunk(rows: Tensor, off: float) -> Tensor:
+    g = rows.t() @ rows / len(rows)
+    return off * g + (1.0 - off) * torch.diag(torch.diag(g))
+
+
+def delta_of(dense: DenseModel, module: str, name: str) -> Tensor:
+    """The delta as (out, in), however the weight is stored."""
+    turned = type(dense.plain.get_submodule(module)).__name__ in ("Conv1D", "Embedding")
+    return dense.d[module][name].t() if turned else dense.d[module][name]
+
+
 def regmean_truth(
-    dense: DenseModel, rows: Mapping[str, Tensor], module: str, off: float, ridge: float
+    dense: DenseModel,
+    rows: Mapping[str, Tensor],
+    module: str,
+    off: float,
+    ridge: float,
+    shares: Mapping[str, float] | None = None,
 ) -> Tensor:
     """The formula, dense, as (out, in) of a Linear or (in, out) of a Conv1D or an embedding."""
     turned = type(dense.plain.get_submodule(module)).__name__ in ("Conv1D", "Embedding")
-    share = 1.0 / len(dense.names)
-    grams = []
-    for name in dense.names:
-        g = rows[name].t() @ rows[name] / len(rows[name])
-        grams.append(share * (off * g + (1.0 - off) * torch.diag(torch.diag(g))))
+    shares = shares or dict.fromkeys(dense.names, 1.0 / len(dense.names))
+    grams = [shares[name] * shrunk(rows[name], off) for name in dense.names]
     total = torch.stack(grams).sum(0)
     extra = ridge * torch.trace(total) / len(total)
     eye = torch.eye(len(total), dtype=torch.float64)
     top = 0.0
     for name, g in zip(dense.names, grams, strict=True):
-        d = dense.d[module][name].t() if turned else dense.d[module][name]
-        top = top + d @ (g + share * extra * eye)
+        d = delta_of(dense, module, name)
+        top = top + d @ (g + shares[name] * extra * eye)
     merged = top @ torch.linalg.inv(total + extra * eye)
     return merged.t() if turned else merged
 
@@ -131,21 +144,45 @@ def test_regmean_is_the_dense_formula(kind: str) -> None:
     assert merge.fitted["without_input"] == []
 
 
+def relative_shares(
+    dense: DenseModel, inputs: Inputs, module: str, kind: str
+) -> Mapping[str, float]:
+    """What errors count divided by effects, of the modules that are given the very same tensors."""
+    seen = dense.inputs(dense.alone(dense.names[0]), inputs[dense.names[0]][0])
+    alike = [
+        m
+        for m in dense.modules
+        if type(dense.plain.get_submodule(m)).__name__ != "Embedding"
+        and [x.data_ptr() for x in seen[m]] == [x.data_ptr() for x in seen[module]]
+    ] or [module]
+    effects = dict.fromkeys(dense.names, 0.0)
+    for m in alike:
+        for name, rows in token_rows(dense, inputs, m, kind).items():
+            d = delta_of(dense, m, name)
+            effects[name] += float(torch.trace(d @ shrunk(rows, 0.8) @ d.t()))
+    least = sum(effects.values()) / len(effects) / 2
+    raw = {name: 1.0 / max(effect, least) for name, effect in effects.items()}
+    return {name: one / sum(raw.values()) for name, one in raw.items()}
+
+
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_regmean_in_rounds_sees_what_the_merged_model_gives(kind: str) -> None:
+def test_regmean_in_rounds_sees_what_the_merged_model_gives(kind: str, relative: bool) -> None:
     model = peft_model(kind, 3)
     dense, inputs = dense_of(model, kind), inputs_of(kind, TRIO)
     options: dict[str, Any] = {"off_diagonal": 0.8, "ridge": 1e-4, "rounds": 3}
+    options |= {"relative": relative}
     before = snapshot(model)
     merge = merge_adapters(model, TRIO, "regmean", inputs=inputs, **options)
     assert moved(before, snapshot(model, but="merged")) == []
     want: dict[str, Tensor] = {}
-    merged = None
+    merged, shares = None, {}
     for _ in range(3):
         old = want
         want = {
             module: regmean_truth(
-                dense, token_rows(dense, inputs, module, kind, merged), module, 0.8, 1e-4
+                *(dense, token_rows(dense, inputs, module, kind, merged), module, 0.8, 1e-4),
+                shares.get(module),
             )
             for module in dense.modules
         }
@@ -153,6 +190,9 @@ def test_regmean_in_rounds_sees_what_the_merged_model_gives(kind: str) -> None:
             f"{module}.weight": dense.plain.get_submodule(module).weight.detach() + delta
             for module, delta in want.items()
         }
+        if relative and not shares:
+            shares = {m: relative_shares(dense, inputs, m, kind) for m in dense.modules}
+            assert max(abs(x - 1 / 3) for one in shares.values() for x in one.values()) > 0.05
     same(merge, want, dense, 1e-6)
     assert max(float((old[m] - want[m]).norm() / want[m].norm()) for m in want) > 1e-4
     assert merge.fitted["passes"] == 3
@@ -459,6 +499,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("regmean", {"ridge": -1.0}, "ridge must be"),
     ("regmean", {"gram_gib": "much"}, "gram_gib must be"),
     ("regmean", {"rounds": 0}, "rounds must be"),
+    ("regmean", {"relative": 1}, "relative must be True or False"),
+    ("regmean", {"relative": True}, "relative=True needs rounds=2 or more"),
     ("regmean", {"inputs": None}, "needs inputs: pass inputs"),
     ("regmean", {"inputs": {"en": []}}, "no batches for adapter 'zh'"),
     ("regmean", {"space": "knots"}, "space='knots'"),

@@ -39,6 +39,7 @@ class Contender:
         most: the most adapters it can merge.
         rounds: a method of the registry merges adapters that were focused in so many rounds
             (`focus_adapters`); 0 takes the adapters themselves.
+        relative: these rounds count errors relative to each adapter's effect.
         swaps: what a method may also choose from as its `assignment`: which shares of the blocks,
             the first ones and the last ones, one adapter has and the other has not.
     """
@@ -52,6 +53,7 @@ class Contender:
     hi: HiMergeConfig | None = None
     most: int | None = None
     rounds: int = 0
+    relative: bool = False
     swaps: tuple[tuple[float, float], ...] = ()
 
     def options(self, adapters: Sequence[str], layers: Sequence[str]) -> dict[str, Sequence[Any]]:
@@ -97,11 +99,13 @@ def _row(
     space: str = "full",
     most: int | None = None,
     rounds: int = 0,
+    relative: bool = False,
     swaps: tuple[tuple[float, float], ...] = (),
     **choices: tuple[Any, ...],
 ) -> Contender:
     options = MappingProxyType(choices)
-    return Contender(name, title, method, weights, options, space, None, most, rounds, swaps)
+    focus = (rounds, relative)
+    return Contender(name, title, method, weights, options, space, None, most, *focus, swaps)
 
 
 LINEUP: tuple[Contender, ...] = (
@@ -135,7 +139,11 @@ LINEUP: tuple[Contender, ...] = (
     _row("regmean", "RegMean (sees prompts)", "cat", (1.0,), rounds=1),
     _row("regmean_tuned", "RegMean, weights tuned", "cat", (0.7, 1.0, 1.25, 1.5), rounds=1),
     _row("regmean_pp", "RegMean++ (sees prompts)", "cat", (1.0,), rounds=2),
-    _row("regmean_pp_tuned", "RegMean++, weights tuned", "cat", (0.7, 1.0, 1.25, 1.5), rounds=2),
+    _row(
+        *("regmean_relative", "RegMean++, relative errors (ours)", "cat", (1.0,)),
+        rounds=2,
+        relative=True,
+    ),
     Contender("hi_paper", "Hi-Merging, as published", hi=HiMergeConfig(variant="paper")),
     Contender(
         "hi_joint",

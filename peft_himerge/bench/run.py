@@ -230,6 +230,7 @@ class _Bench:
             *(contender.space, contender.hi.model_dump() if contender.hi else None),
             *(["focused"] if contender.rounds else []),
             *([contender.rounds] if contender.rounds > 1 else []),
+            *(["relative"] if contender.relative else []),
             *([contender.swaps] if contender.swaps else []),
         ]
         own = [self.options.budget, [self.tasks[n].guide for n in names], self.options.seed]
@@ -244,7 +245,8 @@ class _Bench:
         if not contender.rounds:
             return self._searched({name: name for name in names}, contender)
         inputs = {name: self.tasks[name].validation for name in names}
-        made = focus_adapters(self.model, names, inputs, rounds=contender.rounds)
+        how: dict[str, Any] = {"rounds": contender.rounds, "relative": contender.relative}
+        made = focus_adapters(self.model, names, inputs, **how)
         try:
             return self._searched(made, contender)
         finally:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..mixture import Evidence, Mixture
-from .check import fraction, number, whole
+from .check import flag, fraction, number, whole
 from .registry import Fitted, method
 from .stack import Delta, Factored, Result, Stack
 
@@ -39,7 +39,9 @@ class _Group:
             diagonal, of an embedding, whose inputs are one-hot.
         total: weighted sum over the adapters seen so far of their shrunk Gram matrices, likewise.
         rows: number of the adapter's rows.
-        parts: module -> per adapter A_i G_i, (rank, in); None where it has no such module.
+        parts: module -> per adapter A_i G_i, (rank, in).
+        shares: per adapter what its error counts.
+        effects: per adapter the mean square of what its deltas give, summed over the modules.
     """
 
     stacks: list[Stack]
@@ -47,6 +49,8 @@ class _Group:
     total: Tensor
     rows: int = 0
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    shares: list[float] = field(default_factory=list)
+    effects: list[float] = field(default_factory=list)
 
     @property
     def one_hot(self) -> bool:
@@ -68,18 +72,22 @@ class _Group:
             x = x.to(self.gram.dtype)
             self.gram.addmm_(x.t(), x)
 
-    def finish(self, index: int, weight: float, off_diagonal: float) -> None:
+    def finish(self, index: int, share: float, off_diagonal: float) -> None:
         """Turn the sum over the rows of adapter `index` into its share of the result."""
         gram = self.gram / max(1, self.rows)
         if not self.one_hot:
             diagonal = gram.diagonal().clone()
             gram *= off_diagonal
             gram.diagonal().copy_(diagonal)
-        self.total.add_(gram, alpha=weight)
+        self.shares.append(share)
+        self.total.add_(gram, alpha=share)
+        effect = 0.0
         for stack in self.stacks:
-            own = self.parts.setdefault(stack.module, [])
-            a = stack.scaled(index)[1].to(gram.dtype)
-            own.append(a * gram if self.one_hot else a @ gram)
+            b, a = (x.to(gram.dtype) for x in stack.scaled(index))
+            part = a * gram if self.one_hot else a @ gram
+            self.parts.setdefault(stack.module, []).append(part)
+            effect += float(((b.t() @ b) * (part @ a.t())).double().sum())
+        self.effects.append(effect)
         self.gram.zero_()
         self.rows = 0
 
@@ -100,6 +108,7 @@ def regmean(
     ridge: float = 1e-6,
     gram_gib: float = 4.0,
     rounds: int = 1,
+    relative: bool = False,
 ) -> Fitted:
     """Merge so that every module's output is nearest to each expert's on that expert's inputs.
 
@@ -127,31 +136,40 @@ def regmean(
             of the round before gives the modules there, as RegMean++ does (arXiv 2508.03121): the
             merge is then nearest to the experts on what will reach it. Its authors go through the
             layers one by one, with the expert's own modules within a layer; we take all at once.
+        relative: from the second round on divide an expert's error by its effect, the mean square
+            of what its delta gives on its own inputs, so that an expert whose effects are small
+            keeps as much of them as the others (ours). Modules that read the same tensor count
+            together; an effect below half of the experts' mean counts as that half.
 
     Raises:
-        ConfigError: an option is out of range, or a weight negative.
+        ConfigError: an option is out of range, a weight negative, or `relative` has one round.
     """
+    relative = flag("relative", relative)
     off_diagonal, rounds = fraction("off_diagonal", off_diagonal), whole("rounds", rounds, least=1)
     ridge, limit = number("ridge", ridge, least=0.0), number("gram_gib", gram_gib, least=0.0)
     weights = importance(stacks[0], "regmean")
+    if relative and rounds == 1:
+        raise ConfigError("relative=True needs rounds=2 or more: the first measures the effects.")
     kinds = {s.module: evidence.combiner.kind(s.module) for s in stacks}
     plain = [s for s in stacks if kinds[s.module] in ("linear", "conv1d")]
     right: dict[str, list[Tensor]] = {}
     with evidence.mixture() as mixture:
         alike = shared_inputs(mixture, evidence, plain)
         alike += [[s] for s in stacks if kinds[s.module] == "embedding"]
-        passes, show = 0, mixture.solo
-        for number_of_round in range(rounds):
-            if number_of_round:
+        passes, show, shares = 0, mixture.solo, {s.module: weights for s in stacks}
+        for n in range(rounds):
+            if n:
                 show = partial(_show, mixture, dict(_run(stacks, right, weights)))
             todo, unreached = list(alike), []
             while todo:
                 passes += 1
-                now = _measured(mixture, show, evidence, todo, limit * _GIB, weights, off_diagonal)
+                now = _measured(mixture, show, evidence, todo, limit * _GIB, shares, off_diagonal)
                 for group in now:
                     if not bool(group.diagonal.any()):
                         unreached += [s.module for s in group.stacks]
-                    right.update(_solved(group, weights, ridge))
+                    right.update(_solved(group, ridge))
+                    if relative and n == 0:
+                        shares[group.stacks[0].module] = _shares(weights, group.effects)
     return Fitted(
         lambda again: _run(again, right, weights),
         {
@@ -176,6 +194,15 @@ def importance(stack: Stack, name: str) -> list[float]:
             f"counts; got {dict(zip(stack.names, stack.weights, strict=True))}."
         )
     return [w / total for w in stack.weights]
+
+
+def _shares(weights: Sequence[float], effects: Sequence[float]) -> list[float]:
+    """Return what errors count that are divided by effects; the sum is 1."""
+    least = 0.5 * sum(effects) / len(effects)
+    if least <= 0.0:  # the module is never reached, or nobody changes anything there
+        return list(weights)
+    raw = [w / max(e, least) for w, e in zip(weights, effects, strict=True)]
+    return [share / sum(raw) for share in raw]
 
 
 def shared_inputs(
@@ -209,7 +236,7 @@ def _measured(
     evidence: Evidence,
     todo: list[list[Stack]],
     limit: float,
-    weights: Sequence[float],
+    shares: Mapping[str, Sequence[float]],
     off_diagonal: float,
 ) -> list[_Group]:
     """Take as many groups off `todo` as `limit` bytes hold, and measure all adapters there.
@@ -227,7 +254,7 @@ def _measured(
             break
         gram = torch.zeros(shape, dtype=first.dtype, device=first.device)
         groups[first.module] = _Group(todo.pop(0), gram, torch.zeros_like(gram))
-    for index, (name, weight) in enumerate(zip(mixture.names, weights, strict=True)):
+    for index, name in enumerate(mixture.names):
         show(name)
         for batch in evidence.batches.of[name]:
             mixture.watch = _taking(mixture, groups, batch)
@@ -239,7 +266,7 @@ def _measured(
                     f"the inputs of module {module!r} hold NaN or infinity on the batches of "
                     f"adapter {name!r}."
                 )
-            group.finish(index, weight, off_diagonal)
+            group.finish(index, shares[module][index], off_diagonal)
     return list(groups.values())
 
 
@@ -255,22 +282,20 @@ def _taking(
     return take
 
 
-def _solved(
-    group: _Group, weights: Sequence[float], ridge: float
-) -> Iterator[tuple[str, list[Tensor]]]:
+def _solved(group: _Group, ridge: float) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield (module, per adapter the right factor H_i (rank, in) with D_i's share ``B_i H_i``)."""
     mean = float(group.diagonal.double().mean())
     solve, extra = _solver(group.total, ridge * mean)
     nothing = not bool(group.diagonal.any())
     for stack in group.stacks:
         own = []
-        for i, weight in enumerate(weights):
+        for i, share in enumerate(group.shares):
             a = stack.scaled(i)[1]
             if nothing:  # no input ever came here: nothing tells the experts apart
-                own.append(weight * a)
+                own.append(share * a)
                 continue
             rows = group.parts[stack.module][i].double() + extra * a.double()
-            own.append((weight * solve(rows)).to(stack.dtype))
+            own.append((share * solve(rows)).to(stack.dtype))
         yield stack.module, own
 
 
