@@ -277,16 +277,29 @@ def test_regmean_does_not_see_padding_nor_how_examples_are_batched() -> None:
         model.delete_adapter("two")
 
 
-def test_regmean_in_more_passes_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("more", [{}, {"rounds": 2, "relative": True}], ids=["one", "two"])
+def test_regmean_in_more_passes_gives_the_same_bits(more: dict[str, Any]) -> None:
     model = peft_model("llama", 3)
     inputs = inputs_of("llama", TRIO)
-    one = merge_adapters(model, TRIO, "regmean", inputs=inputs, adapter_name="one")
-    # Two float64 Grams of 24 x 24 are 9 KB: one group per pass, and q, k and v are one group.
-    two = merge_adapters(model, TRIO, "regmean", inputs=inputs, adapter_name="two", gram_gib=1e-6)
-    assert one.fitted["passes"] == 1
-    assert two.fitted["passes"] == 4 * 4 + 1
+    one, two = (
+        merge_adapters(model, TRIO, "regmean", inputs=inputs, adapter_name=name, **more, **size)
+        # Two float64 Grams of 24 x 24 are 9 KB: one group per pass, and q, k and v are one group.
+        for name, size in (("one", {}), ("two", {"gram_gib": 1e-6}))
+    )
+    rounds = more.get("rounds", 1)
+    assert one.fitted["passes"] == rounds
+    assert two.fitted["passes"] == rounds * (4 * 4 + 1)
     for m in one.modules:
         assert torch.equal(one.delta(m.module), two.delta(m.module))
+
+
+def test_regmean_shares_are_those_of_relative_errors_and_bounded() -> None:
+    shares = regmean_method._shares
+    assert shares([0.5, 0.5], [3.0, 3.0]) == [0.5, 0.5]
+    assert shares([0.5, 0.5], [1.0, 2.0]) == pytest.approx([2 / 3, 1 / 3])
+    assert shares([0.5, 0.5], [0.0, 1.0]) == pytest.approx([0.8, 0.2])  # 0 counts as 1/4
+    assert shares([0.25, 0.75], [0.0, 0.0]) == [0.25, 0.75]
+    assert shares([0.0, 1.0], [2.0, 2.0]) == [0.0, 1.0]
 
 
 def test_regmean_weights_say_how_much_an_experts_error_counts() -> None:
