@@ -128,7 +128,9 @@ def _move(target: Path) -> None:
     if not ready.is_dir():
         return
     # Of the configs that of `target` itself, which holds the others, goes first and comes last.
-    waiting = [path.relative_to(ready) for path in ready.rglob("*") if path.is_file()]
+    found = sorted(ready.rglob("*"), reverse=True)
+    inside = [path for path in found if path.is_dir()]  # the deepest first
+    waiting = [path.relative_to(ready) for path in found if path not in inside]
     waiting.sort(key=lambda name: (-len(name.parts), name))
     configs = [name for name in waiting if name.name in _CONFIGS]
     folders = sorted({target, *(target / up for name in waiting for up in name.parents)})
@@ -141,7 +143,8 @@ def _move(target: Path) -> None:
             (ready / name).replace(target / name)
         for folder in folders:
             sync(folder)
-    shutil.rmtree(ready)
+    for path in (*inside, ready):
+        path.rmdir()
 
 
 def _clear(target: Path) -> None:

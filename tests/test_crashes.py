@@ -260,7 +260,7 @@ def write(
             return results[density].save_merged(inputs.base, out)
         return results[density].save(out)
 
-    yield Writer({"hi": 1, "checkpoint": 1, "focused": 3}.get(kind, 5), of)
+    yield Writer({"hi": 1, "checkpoint": 1, "focused": 6}.get(kind, 5), of)
     for result in results.values():
         model().delete_adapter(result.adapter_name)
 

@@ -165,8 +165,9 @@ def relative_shares(
     return {name: one / sum(raw.values()) for name, one in raw.items()}
 
 
-@pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "relative"), [("llama", False), *((kind, True) for kind in KINDS)]
+)
 def test_regmean_in_rounds_sees_what_the_merged_model_gives(kind: str, relative: bool) -> None:
     model = peft_model(kind, 3)
     dense, inputs = dense_of(model, kind), inputs_of(kind, TRIO)
