@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_himerge import HiMergeConfig, merge_adapters_hi
+import peft_himerge.bench.run as run_room
+from peft_himerge import HiMergeConfig, focus_adapters, merge_adapters_hi
 from peft_himerge.bench import own, run_bench
 from peft_himerge.bench.lineup import ABLATIONS, LINEUP, choose
 from peft_himerge.bench.run import Options
@@ -667,6 +668,27 @@ def test_repeats_are_the_mean_of_the_runs_and_their_spread(root: Path, tmp_path:
     for wrong in (runs[:1], []):
         with pytest.raises(ConfigError, match="two or more runs of the same settings"):
             repeats(wrong)
+
+
+def test_rounds_and_relative_errors_reach_the_focus(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    def heard(*given: Any, **options: Any) -> dict[str, str]:
+        told.append(options)
+        return focus_adapters(*given, **options)
+
+    monkeypatch.setattr(run_room, "focus_adapters", heard)
+    names = ("plain_sum", "regmean", "regmean_pp", "regmean_relative")
+    cells, _ = bench(root, tmp_path, [["one", "two"]], contenders=names)
+    assert told == [
+        {"rounds": 1, "relative": False},
+        {"rounds": 2, "relative": False},
+        {"rounds": 2, "relative": True},
+    ]
+    made = [json.loads(p.read_text()) for p in (cells / "merges" / "one+two").glob("*.json")]
+    assert len({cell["key"] for cell in made}) == len(names)
 
 
 def test_studies_say_what_the_scripts_found(

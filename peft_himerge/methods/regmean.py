@@ -197,7 +197,7 @@ def importance(stack: Stack, name: str) -> list[float]:
 
 
 def _shares(weights: Sequence[float], effects: Sequence[float]) -> list[float]:
-    """Return what errors count that are divided by effects; the sum is 1."""
+    """Return what each expert counts when its error is divided by its effect; the sum is 1."""
     least = 0.5 * sum(effects) / len(effects)
     if least <= 0.0:  # the module is never reached, or nobody changes anything there
         return list(weights)
