@@ -10,8 +10,11 @@ share in between. The sum of the focused deltas is RegMean's merge. D_i' = B_i (
 keeps its rank, so a focused adapter is a LoRA adapter like any other, and all that follows (density
 and scale, contributions, repair) works on it as it is.
 
-Source: RegMean (arXiv 2212.09849), equation 3; taking it apart by adapter, to merge the parts by
-Hi-Merging, is ours. Labels are not looked at.
+The inputs are measured twice, alone and in the model merged by then, and in the second round an
+adapter's errors count relative to its own effect, unless RegMean's options say otherwise.
+
+Source: RegMean (arXiv 2212.09849), equation 3, in rounds after RegMean++ (arXiv 2508.03121); taking
+it apart by adapter, to merge the parts by Hi-Merging, is ours. Labels are not looked at.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ __all__ = [
 Parts = Mapping[str, LowRank]
 """Module -> an adapter's own part of RegMean's solution."""
 
+_USUAL: Mapping[str, Any] = {"rounds": 2, "relative": True}
+
 _LATEST: WeakKeyDictionary[PeftModel, dict[str, Adapter]] = WeakKeyDictionary()
 
 
@@ -77,7 +82,8 @@ def focus_adapters(
             task's eval function, which is run once to see what it gives the model. No labels are
             needed. A few dozen examples are enough.
         suffix: what the new names end with.
-        options: RegMean's: `off_diagonal`, `ridge`, `gram_gib`, `rounds`, `relative`.
+        options: RegMean's `off_diagonal`, `ridge`, `gram_gib`, `rounds` and `relative`, of which
+            the last two are 2 and True here; ``rounds=1, relative=False`` is RegMean as published.
 
     Returns:
         adapter -> name of its focused adapter.
@@ -187,7 +193,7 @@ def _measured(
     method = get_method("regmean")
     check_evidence(method, inputs=inputs)
     weights = dict.fromkeys(names, 1.0)
-    request = prepare(model, method, weights, options=dict(options), policy="error")
+    request = prepare(model, method, weights, options={**_USUAL, **options}, policy="error")
     probe = Probe(model, Combiner(request.adapters))  # refuses what does not fit, before any run
     evidence = gather(model, names, inputs, request.carried.settings, 0)
     assert evidence is not None

@@ -9,7 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from snapshot import moved, snapshot
-from test_methods_inputs import TRIO, Inputs, dense_of, inputs_of, token_rows
+from test_methods_inputs import (
+    TRIO,
+    Inputs,
+    dense_of,
+    inputs_of,
+    regmean_parts,
+    regmean_truth,
+    relative_shares,
+    token_rows,
+)
 from tiny import eval_fns, peft_model, tiny_model
 from torch import Tensor
 
@@ -41,49 +50,48 @@ def dense(model: Any, name: str) -> dict[str, Tensor]:
     return {m: combiner.delta(m, combiner.terms(plan, m)).double() for m in combiner.modules}
 
 
-def own_part(rows: dict[str, Tensor], deltas: dict[str, Tensor], name: str) -> Tensor:
-    """D_i (G_i + e I) (sum_j G_j + e I)^-1, each Gram matrix with a share of 1 / adapters."""
-    share = 1.0 / len(rows)
-    grams = {}
-    for task, x in rows.items():
-        g = x.t() @ x / len(x)
-        grams[task] = share * (OFF * g + (1.0 - OFF) * torch.diag(torch.diag(g)))
-    total = torch.stack(list(grams.values())).sum(0)
-    extra = RIDGE * torch.trace(total) / len(total)
-    eye = torch.eye(len(total), dtype=torch.float64)
-    return (
-        deltas[name] @ (grams[name] + share * extra * eye) @ torch.linalg.inv(total + extra * eye)
-    )
-
-
 def foreign(changes: list[str]) -> list[str]:
     return [c for c in changes if "_focused" not in c and c != "adapters"]
 
 
+PUBLISHED: dict[str, Any] = {"rounds": 1, "relative": False}
+USUAL: dict[str, Any] = {"rounds": 2, "relative": True}
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "qwen2"])
-def test_focused_adapters_are_regmean_taken_apart(kind: str) -> None:
+@pytest.mark.parametrize("options", [PUBLISHED, {}])
+def test_focused_adapters_are_regmean_taken_apart(kind: str, options: dict[str, Any]) -> None:
+    """As published, and, unless told otherwise, in two rounds with relative errors."""
     model = peft_model(kind, 3)
     plain = dense_of(model, kind)
     inputs: Inputs = inputs_of(kind, TRIO)
     before = snapshot(model)
-    made = focus_adapters(model, TRIO, inputs, off_diagonal=OFF, ridge=RIDGE)
+    made = focus_adapters(model, TRIO, inputs, off_diagonal=OFF, ridge=RIDGE, **options)
     assert made == {name: f"{name}_focused" for name in TRIO}
     assert foreign(moved(before, snapshot(model))) == []
-    merge_adapters(model, TRIO, "regmean", inputs=inputs, off_diagonal=OFF, ridge=RIDGE)
-    whole, sources = dense(model, "merged"), {name: dense(model, name) for name in TRIO}
+    fit: dict[str, Any] = {"off_diagonal": OFF, "ridge": RIDGE, **(options or USUAL)}
+    merge_adapters(model, TRIO, "regmean", inputs=inputs, **fit)
+    whole = dense(model, "merged")
     parts = {name: dense(model, new) for name, new in made.items()}
+    merged, shares = None, {}
+    if not options:
+        shares = {m: relative_shares(plain, inputs, m, kind) for m in plain.modules}
+        weights = {m: plain.plain.get_submodule(m).weight.detach() for m in plain.modules}
+        merged = {
+            f"{m}.weight": weight
+            + regmean_truth(plain, token_rows(plain, inputs, m, kind), m, OFF, RIDGE)
+            for m, weight in weights.items()
+        }
     checked = 0
     for module, summed in whole.items():
         held = [part[module] for part in parts.values() if module in part]
         torch.testing.assert_close(torch.stack(held).sum(0), summed, rtol=1e-4, atol=1e-6)
-        rows = token_rows(plain, inputs, module, kind)
+        rows = token_rows(plain, inputs, module, kind, merged)
+        truth = regmean_parts(plain, rows, module, OFF, RIDGE, shares.get(module))
         for name in TRIO:
             if module in parts[name]:
-                want = own_part(
-                    rows, {n: d[module] for n, d in sources.items() if module in d}, name
-                )
-                lost = torch.linalg.vector_norm(parts[name][module] - want)
-                assert lost <= 1e-3 * torch.linalg.vector_norm(want), (module, name)
+                lost = torch.linalg.vector_norm(parts[name][module] - truth[name])
+                assert lost <= 1e-3 * torch.linalg.vector_norm(truth[name]), (module, name)
                 checked += 1
     assert checked > 6
     for name, new in made.items():

@@ -113,17 +113,31 @@ def regmean_truth(
 ) -> Tensor:
     """The formula, dense, as (out, in) of a Linear or (in, out) of a Conv1D or an embedding."""
     turned = type(dense.plain.get_submodule(module)).__name__ in ("Conv1D", "Embedding")
+    parts = regmean_parts(dense, rows, module, off, ridge, shares)
+    merged = torch.stack(list(parts.values())).sum(0)
+    return merged.t() if turned else merged
+
+
+def regmean_parts(
+    dense: DenseModel,
+    rows: Mapping[str, Tensor],
+    module: str,
+    off: float,
+    ridge: float,
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, Tensor]:
+    """Each adapter's summand, (out, in)."""
     shares = shares or dict.fromkeys(dense.names, 1.0 / len(dense.names))
     grams = [shares[name] * shrunk(rows[name], off) for name in dense.names]
     total = torch.stack(grams).sum(0)
     extra = ridge * torch.trace(total) / len(total)
     eye = torch.eye(len(total), dtype=torch.float64)
-    top = 0.0
+    parts = {}
     for name, g in zip(dense.names, grams, strict=True):
         d = delta_of(dense, module, name)
-        top = top + d @ (g + shares[name] * extra * eye)
-    merged = top @ torch.linalg.inv(total + extra * eye)
-    return merged.t() if turned else merged
+        below = torch.linalg.inv(total + extra * eye)
+        parts[name] = d @ (g + shares[name] * extra * eye) @ below
+    return parts
 
 
 @pytest.mark.parametrize("kind", KINDS)

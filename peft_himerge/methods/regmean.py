@@ -41,7 +41,6 @@ class _Group:
         rows: number of the adapter's rows.
         parts: module -> per adapter A_i G_i, (rank, in).
         shares: per adapter what its error counts.
-        effects: per adapter the mean square of what its deltas give, summed over the modules.
     """
 
     stacks: list[Stack]
@@ -50,7 +49,6 @@ class _Group:
     rows: int = 0
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
     shares: list[float] = field(default_factory=list)
-    effects: list[float] = field(default_factory=list)
 
     @property
     def one_hot(self) -> bool:
@@ -81,15 +79,20 @@ class _Group:
             gram.diagonal().copy_(diagonal)
         self.shares.append(share)
         self.total.add_(gram, alpha=share)
-        effect = 0.0
         for stack in self.stacks:
-            b, a = (x.to(gram.dtype) for x in stack.scaled(index))
-            part = a * gram if self.one_hot else a @ gram
-            self.parts.setdefault(stack.module, []).append(part)
-            effect += float(((b.t() @ b) * (part @ a.t())).double().sum())
-        self.effects.append(effect)
+            a = stack.scaled(index)[1].to(gram.dtype)
+            self.parts.setdefault(stack.module, []).append(a * gram if self.one_hot else a @ gram)
         self.gram.zero_()
         self.rows = 0
+
+    def effects(self) -> list[float]:
+        """Return per adapter the mean square of what its deltas give, summed over the modules."""
+        sums = [0.0] * len(self.shares)
+        for stack in self.stacks:
+            for i, part in enumerate(self.parts[stack.module]):
+                b, a = (x.to(part.dtype) for x in stack.scaled(i))
+                sums[i] += float(((b.t() @ b) * (part @ a.t())).double().sum())
+        return sums
 
 
 @method(
@@ -169,7 +172,7 @@ def regmean(
                         unreached += [s.module for s in group.stacks]
                     right.update(_solved(group, ridge))
                     if relative and n == 0:
-                        shares[group.stacks[0].module] = _shares(weights, group.effects)
+                        shares[group.stacks[0].module] = _shares(weights, group.effects())
     return Fitted(
         lambda again: _run(again, right, weights),
         {
