@@ -42,14 +42,15 @@ from .request import Request, check_evidence, check_present, prepare
 from .scoring import EvalFn
 
 __all__ = [
-    *("Parts", "focus_adapters", "focused_parts", "recalled", "refocused", "remember"),
-    "write_focused",
+    *("USUAL", "Parts", "focus_adapters", "focused_parts", "recalled", "refocused"),
+    *("remember", "write_focused"),
 ]
 
 Parts = Mapping[str, LowRank]
 """Module -> an adapter's own part of RegMean's solution."""
 
-_USUAL: Mapping[str, Any] = {"rounds": 2, "relative": True}
+USUAL: Mapping[str, Any] = {"rounds": 2, "relative": True}
+"""RegMean's options when adapters are focused and nothing else is said."""
 
 _LATEST: WeakKeyDictionary[PeftModel, dict[str, Adapter]] = WeakKeyDictionary()
 
@@ -193,7 +194,7 @@ def _measured(
     method = get_method("regmean")
     check_evidence(method, inputs=inputs)
     weights = dict.fromkeys(names, 1.0)
-    request = prepare(model, method, weights, options={**_USUAL, **options}, policy="error")
+    request = prepare(model, method, weights, options={**USUAL, **options}, policy="error")
     probe = Probe(model, Combiner(request.adapters))  # refuses what does not fit, before any run
     evidence = gather(model, names, inputs, request.carried.settings, 0)
     assert evidence is not None

@@ -19,7 +19,7 @@ from ..combine import Combiner
 from ..config import HiMergeConfig
 from ..errors import ConfigError
 from ..files import write_text
-from ..focus import focus_adapters
+from ..focus import USUAL, focus_adapters
 from ..folders import load_peft_model
 from ..hi import merge_adapters_hi, score_plans
 from ..identity import adapter_digest, base_digest
@@ -232,6 +232,7 @@ class _Bench:
             *([contender.rounds] if contender.rounds > 1 else []),
             *(["relative"] if contender.relative else []),
             *([contender.swaps] if contender.swaps else []),
+            *([dict(USUAL)] if contender.hi and contender.hi.focus else []),
         ]
         own = [self.options.budget, [self.tasks[n].guide for n in names], self.options.seed]
         self._cell(
