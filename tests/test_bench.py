@@ -691,6 +691,17 @@ def test_rounds_and_relative_errors_reach_the_focus(
     assert len({cell["key"] for cell in made}) == len(names)
 
 
+def test_a_cell_is_run_again_if_adapters_are_focused_otherwise(
+    root: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done, tmp_path / "cells")
+    monkeypatch.setattr(run_room, "USUAL", {"rounds": 1, "relative": False})
+    _, said = bench(root, tmp_path, [["one", "two"]], contenders=("hi_paper", "hi_focused"))
+    new = [line for line in said if not line.startswith("kept ")]
+    assert len(new) == 1
+    assert "merges/one+two/hi_focused" in new[0]
+
+
 def test_studies_say_what_the_scripts_found(
     root: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
