@@ -40,8 +40,8 @@ class HiMergeConfig(BaseModel):
             `density`, `scale`, another `search`, `search_budget`, `search_target`, `prune_scope` or
             ``focus=False`` is given. "paper" is Hi-Merging as published.
         focus: merge, in place of each adapter, the part of it that acts on its own task's inputs
-            (`focus_adapters`): what the adapter's eval function gives the model, once, before the
-            merge. The result is far better where adapters hurt each other. What was merged is
+            (`focus_adapters`): what the adapter's eval function gives the model in one run before
+            the merge. The result is far better where adapters hurt each other. What was merged is
             written to the folder `focused` beside the result, and the plan is one for those.
             One adapter is left as it is.
         density: kept fraction p of each adapter's delta, in [0, 1]: one number, one per adapter,
