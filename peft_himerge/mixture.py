@@ -10,6 +10,7 @@ the multiples c (and whatever is computed from them), never a parameter.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,10 +212,13 @@ class Mixture:
         x = x.to(a.dtype)
         if kind != "conv":
             return branch.up(x @ a.t())
-        kernel = next(f.kernel for f in self._factors(module) if f is not None)
+        kernel = self._kernel(module)
         z = base._conv_forward(x, a.reshape(a.shape[0], -1, *kernel), None)
         channel = -1 - len(kernel)
         return branch.up(z.movedim(channel, -1)).movedim(-1, channel)
+
+    def _kernel(self, module: str) -> tuple[int, ...]:
+        return next(f.kernel for f in self._factors(module) if f is not None)
 
     def run(self, batch: Batch, *, grad: bool = False, logits: bool = True) -> Any:
         """Call the model in the state that is shown.
@@ -298,6 +302,28 @@ class Mixture:
             decoder = False  # cross-attention reads what the encoder gave
         mask = counted_tokens(batch, x.shape[:-1], decoder=decoder)
         return x.flatten(0, -2) if mask is None else x[mask.to(x.device)]
+
+    def patches(self, module: str, x: Tensor) -> Iterator[Tensor]:
+        """Yield, example by example, what a convolution multiplies its kernel with.
+
+        Args:
+            module: its path.
+            x: its input, (examples, channels, *size), or without examples.
+
+        Returns:
+            Each (positions of the output, channels * prod(kernel)), a row in the order of a
+            kernel's entries; zeros where it reads its own padding.
+        """
+        base: Any = self.bases[module]
+        kernel = self._kernel(module)
+        size = x.shape[-len(kernel) :]
+        # Where each entry of the kernel reads, 1 for the first place: found by the convolution
+        # itself, whatever its stride, padding and dilation. In float64 no place is rounded.
+        places = torch.arange(1, math.prod(size) + 1, dtype=torch.float64, device=x.device)
+        probes = torch.eye(math.prod(kernel)).to(places).reshape(-1, 1, *kernel)
+        read = base._conv_forward(places.reshape(1, 1, *size), probes, None)[0].flatten(1).long()
+        for example in x.reshape(-1, x.shape[-len(kernel) - 1], math.prod(size)):
+            yield F.pad(example, (1, 0))[:, read].flatten(0, 1).t()
 
 
 def chunk_of_row(rows: int, chunks: int) -> Tensor:

@@ -78,18 +78,30 @@ def token_rows(
         for batch in inputs[name]:
             weights = dense.alone(name) if merged is None else merged
             for x in dense.inputs(weights, batch)[module]:
-                mask = batch["attention_mask"].bool()
+                layer: Any = dense.plain.get_submodule(module)
+                if "attention_mask" not in batch:
+                    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+                else:
+                    mask = batch["attention_mask"].bool()
                 decoder = kind == "t5" and module.startswith("decoder")
                 if decoder and not ("EncDec" in module and module[-2:] in (".k", ".v")):
                     mask = torch.ones(x.shape[:-1], dtype=torch.bool)
-                embedding = dense.plain.get_submodule(module)
-                if isinstance(embedding, nn.Embedding):
+                if isinstance(layer, nn.Embedding):
                     ids = x[mask] if x.shape == mask.shape and kind != "t5" else x.flatten()
-                    rows.append(nn.functional.one_hot(ids, len(embedding.weight)).double())
+                    rows.append(nn.functional.one_hot(ids, len(layer.weight)).double())
+                elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                    rows.append(patches_of(layer, x))
                 else:
                     rows.append(x[mask] if x.dim() == 3 else x)
         found[name] = torch.cat(rows)
     return found
+
+
+def patches_of(conv: Any, x: Tensor) -> Tensor:
+    """(examples * places, width): what the convolution gives for kernels of one entry each."""
+    width = conv.weight[0].numel()
+    probes = torch.eye(width, dtype=torch.float64).reshape(width, *conv.weight.shape[1:])
+    return conv._conv_forward(x, probes, None).flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def shrunk(rows: Tensor, off: float) -> Tensor:
@@ -100,7 +112,7 @@ def shrunk(rows: Tensor, off: float) -> Tensor:
 def delta_of(dense: DenseModel, module: str, name: str) -> Tensor:
     """The delta as (out, in), however the weight is stored."""
     turned = type(dense.plain.get_submodule(module)).__name__ in ("Conv1D", "Embedding")
-    return dense.d[module][name].t() if turned else dense.d[module][name]
+    return dense.d[module][name].t() if turned else dense.d[module][name].flatten(1)
 
 
 def regmean_truth(
@@ -111,11 +123,9 @@ def regmean_truth(
     ridge: float,
     shares: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """The formula, dense, as (out, in) of a Linear or (in, out) of a Conv1D or an embedding."""
-    turned = type(dense.plain.get_submodule(module)).__name__ in ("Conv1D", "Embedding")
+    """The formula, dense, as the weight is stored."""
     parts = regmean_parts(dense, rows, module, off, ridge, shares)
-    merged = torch.stack(list(parts.values())).sum(0)
-    return merged.t() if turned else merged
+    return stored(dense, module, torch.stack(list(parts.values())).sum(0))
 
 
 def regmean_parts(
@@ -179,6 +189,32 @@ def relative_shares(
     return {name: one / sum(raw.values()) for name, one in raw.items()}
 
 
+def in_rounds(
+    dense: DenseModel, inputs: Inputs, kind: str, rounds: int, relative: bool
+) -> list[dict[str, Tensor]]:
+    """Return what each round gives, module -> delta as the weight is stored."""
+    found: list[dict[str, Tensor]] = []
+    merged, shares = None, {}
+    for _ in range(rounds):
+        now = {
+            module: regmean_truth(
+                *(dense, token_rows(dense, inputs, module, kind, merged), module, 0.8, 1e-4),
+                shares.get(module),
+            )
+            for module in dense.modules
+        }
+        merged = {
+            f"{module}.weight": dense.plain.get_submodule(module).weight.detach() + delta
+            for module, delta in now.items()
+        }
+        if relative and not shares:
+            shares = {m: relative_shares(dense, inputs, m, kind) for m in dense.modules}
+            even = 1.0 / len(dense.names)
+            assert max(abs(x - even) for one in shares.values() for x in one.values()) > 0.05
+        found.append(now)
+    return found
+
+
 @pytest.mark.parametrize(
     ("kind", "relative"), [("llama", False), *((kind, True) for kind in KINDS)]
 )
@@ -190,24 +226,7 @@ def test_regmean_in_rounds_sees_what_the_merged_model_gives(kind: str, relative:
     before = snapshot(model)
     merge = merge_adapters(model, TRIO, "regmean", inputs=inputs, **options)
     assert moved(before, snapshot(model, but="merged")) == []
-    want: dict[str, Tensor] = {}
-    merged, shares = None, {}
-    for _ in range(3):
-        old = want
-        want = {
-            module: regmean_truth(
-                *(dense, token_rows(dense, inputs, module, kind, merged), module, 0.8, 1e-4),
-                shares.get(module),
-            )
-            for module in dense.modules
-        }
-        merged = {
-            f"{module}.weight": dense.plain.get_submodule(module).weight.detach() + delta
-            for module, delta in want.items()
-        }
-        if relative and not shares:
-            shares = {m: relative_shares(dense, inputs, m, kind) for m in dense.modules}
-            assert max(abs(x - 1 / 3) for one in shares.values() for x in one.values()) > 0.05
+    *_, old, want = in_rounds(dense, inputs, kind, 3, relative)
     same(merge, want, dense, 1e-6)
     assert max(float((old[m] - want[m]).norm() / want[m].norm()) for m in want) > 1e-4
     assert merge.fitted["passes"] == 3
@@ -374,23 +393,43 @@ def test_regmean_with_modules_called_twice_or_never() -> None:
     assert merge.fitted["without_input"] == ["never"]
 
 
-def test_convolutions_are_averaged_by_both() -> None:
+CONVOLUTIONS = ["conv1", "conv2", "conv3"]
+
+
+@pytest.mark.parametrize(("rounds", "relative"), [(1, False), (3, True)])
+def test_regmean_solves_convolutions_by_their_patches(rounds: int, relative: bool) -> None:
+    """Circular padding, zeros, strides and dilation, in one, two and three dimensions."""
+    model, plain = convolutions()
+    dense = DenseModel(model, plain)
+    ids = torch.arange(24).reshape(2, 12)
+    inputs: Inputs = {"en": [{"ids": ids}], "zh": [{"ids": ids[:1]}, {"ids": ids.flip(0) // 2}]}
+    options: dict[str, Any] = {"off_diagonal": 0.8, "ridge": 1e-4, "rounds": rounds}
+    options |= {"relative": relative}
+    before = snapshot(model)
+    merge = merge_adapters(model, ["en", "zh"], "regmean", inputs=inputs, **options)
+    assert moved(before, snapshot(model, but="merged")) == []
+    want = in_rounds(dense, inputs, "convolutions", rounds, relative)[-1]
+    same(merge, want, dense, 1e-6)
+    for module in CONVOLUTIONS:
+        mean = sum(dense.d[module].values()) / 2
+        assert (want[module] - mean).norm() > 0.1 * mean.norm()
+    made = focus_adapters(model, ["en", "zh"], inputs, **options)
+    parts = merge_adapters(model, list(made.values()), "cat", adapter_name="parts")
+    same(parts, want, dense, 1e-6)
+
+
+def test_fisher_averages_convolutions() -> None:
     model, plain = convolutions()
     dense = DenseModel(model, plain)
     ids = torch.arange(24).reshape(2, 12)
     inputs = {"en": [{"ids": ids}], "zh": [{"ids": ids.flip(0)}]}
-    for method, averaged in (
-        ("regmean", ["conv1", "conv2", "conv3"]),
-        ("fisher", ["conv1", "conv2", "conv3"]),
-    ):
-        merge = merge_adapters(
-            model, ["en", "zh"], method, inputs=inputs, weights=[1.0, 3.0], adapter_name=method
-        )
-        assert merge.fitted["averaged"] == averaged
-        for module in averaged:
-            want = (dense.d[module]["en"] + 3.0 * dense.d[module]["zh"]) / 4.0
-            got = stored(dense, module, merge.delta(module))
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    weights = [1.0, 3.0]
+    merge = merge_adapters(model, ["en", "zh"], "fisher", inputs=inputs, weights=weights)
+    assert merge.fitted["averaged"] == CONVOLUTIONS
+    for module in CONVOLUTIONS:
+        want = (dense.d[module]["en"] + 3.0 * dense.d[module]["zh"]) / 4.0
+        got = stored(dense, module, merge.delta(module))
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ Fisher

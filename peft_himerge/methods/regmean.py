@@ -122,8 +122,8 @@ def regmean(
     Source: arXiv 2212.09849, equation 3 and the authors' code. Where we differ: the ridge e, which
     a singular sum needs, is added to each Gram matrix, so that it pulls towards the average instead
     of 0. Embeddings are solved too, by how often each task has each token (their inputs are
-    one-hot); convolutions are averaged, as the authors average what is not linear; an adapter
-    without a module counts there with a delta of 0.
+    one-hot), and convolutions, by the patches that they read, padding too; the authors average what
+    is not linear. An adapter without a module counts there with a delta of 0.
 
     Args:
         stacks: the modules.
@@ -153,16 +153,15 @@ def regmean(
     weights = importance(stacks[0], "regmean")
     if relative and rounds == 1:
         raise ConfigError("relative=True needs rounds=2 or more: the first measures the effects.")
-    kinds = {s.module: evidence.combiner.kind(s.module) for s in stacks}
-    plain = [s for s in stacks if kinds[s.module] in ("linear", "conv1d")]
+    plain = [s for s in stacks if evidence.combiner.kind(s.module) in ("linear", "conv1d")]
     right: dict[str, list[Tensor]] = {}
     with evidence.mixture() as mixture:
         alike = shared_inputs(mixture, evidence, plain)
-        alike += [[s] for s in stacks if kinds[s.module] == "embedding"]
+        alike += [[s] for s in stacks if s not in plain]
         passes, show, shares = 0, mixture.solo, {s.module: weights for s in stacks}
         for n in range(rounds):
             if n:
-                show = partial(_show, mixture, dict(_run(stacks, right, weights)))
+                show = partial(_show, mixture, dict(_run(stacks, right)))
             todo, unreached = list(alike), []
             while todo:
                 passes += 1
@@ -174,11 +173,10 @@ def regmean(
                     if relative and n == 0:
                         shares[group.stacks[0].module] = _shares(weights, group.effects())
     return Fitted(
-        lambda again: _run(again, right, weights),
+        lambda again: _run(again, right),
         {
             "examples": {name: evidence.batches.count(name) for name in stacks[0].names},
             "passes": passes,
-            "averaged": [s.module for s in stacks if s.module not in right],
             "without_input": sorted(unreached),
         },
     )
@@ -277,8 +275,13 @@ def _taking(
     mixture: Mixture, groups: Mapping[str, _Group], batch: Mapping[str, Tensor]
 ) -> Callable[[str, Tensor, Tensor], Tensor]:
     def take(module: str, x: Tensor, output: Tensor) -> Tensor:
-        if module in groups:
-            group = groups[module]
+        group = groups.get(module)
+        if group is None:
+            return output
+        if mixture.kind(module) == "conv":
+            for patches in mixture.patches(module, x):
+                group.take(patches)
+        else:
             group.take(mixture.tokens(module, batch, x.unsqueeze(-1) if group.one_hot else x))
         return output
 
@@ -327,12 +330,7 @@ def _solver(total: Tensor, extra: float) -> tuple[Callable[[Tensor], Tensor], fl
     return (lambda rows: rows @ inverse), 0.0
 
 
-def _run(
-    stacks: Sequence[Stack], right: Mapping[str, list[Tensor]], weights: Sequence[float]
-) -> Result:
+def _run(stacks: Sequence[Stack], right: Mapping[str, list[Tensor]]) -> Result:
     for stack in stacks:
-        pairs = [stack.scaled(i) for i in range(len(weights))]
-        own = right.get(stack.module)
-        if own is None:
-            own = [w * a for w, (_, a) in zip(weights, pairs, strict=True)]
-        yield stack.module, Factored(torch.cat([b for b, _ in pairs], dim=1), torch.cat(own))
+        left = [stack.scaled(i)[0] for i in range(len(stack.names))]
+        yield stack.module, Factored(torch.cat(left, dim=1), torch.cat(right[stack.module]))
