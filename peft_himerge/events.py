@@ -126,7 +126,7 @@ class MergeFinished:
 
 @dataclass(frozen=True, slots=True)
 class MergeTested:
-    """The adapter of the last `MergeFinished` was scored on data that decided nothing.
+    """The merged adapter was scored on data that decided nothing.
 
     Attributes:
         scores: "base", each adapter, and last the merged adapter -> task -> score.
@@ -140,10 +140,15 @@ class MergeTested:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSaved:
-    """The merged adapter of the last `MergeFinished` was written to `folder`."""
+    """The merged adapter was written.
+
+    Attributes:
+        folder: where.
+        plan: what was decided; None after a method of the registry, which has no plan.
+    """
 
     folder: Path
-    plan: MergePlan
+    plan: MergePlan | None
 
 
 Event = (

@@ -594,7 +594,7 @@ def test_all_faults_are_told_at_once() -> None:
         ("drop_in_ties", "options.rank=4", "options.rank", "at the top of the recipe"),
         ("model_wise_only", "journal=x", "journal", "only Hi-Merging with validation data"),
         ("model_wise_only", "budget.seconds=3", "budget", "only Hi-Merging with validation data"),
-        ("model_wise_only", "tracking=wandb", "tracking", "only Hi-Merging with validation data"),
+        ("model_wise_only", "tracking=wandb", "tracking", "give tasks test data, or leave it out"),
         ("model_wise_only", "merged=full", "merged", "merge_and_unload"),
         ("model_wise_only", "options.scale=null", "options.scale", "got None"),
         ("drop_in_ties", "options.densty=0.2", "options.densty", "Did you mean 'density'"),

@@ -117,6 +117,37 @@ def test_a_recipe_s_run_in_wandb_holds_config_table_and_final_scores(
     assert found.exits == 1
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sets"),
+    [
+        ("drop_in_ties.yaml", ["rank=8"]),
+        ("two_tasks.yaml", ["tasks.en.validation=null", "tasks.zh.validation=null", *FIXED[:2]]),
+    ],
+)
+def test_a_merge_that_looks_at_no_score_tells_wandb_its_test_scores(
+    recipe: str, sets: list[str], folder: Path, offline: Path, himerge: Callable[..., int]
+) -> None:
+    out = offline / "out"
+    told = [*sets, "tracking={to: wandb, project: merging, run: plain}"]
+    assert himerge("merge", folder / recipe, "--out", out, sets=told) == 0
+    found = read_back(offline)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert found.config["recipe"]["adapters"] == {"en": "adapters/en", "zh": "adapters/zh"}
+    assert found.config["recipe"].get("method") == ("ties" if "ties" in recipe else None)
+    scores = report["test"]["scores"]
+    for task in ("en", "zh"):
+        assert found.values(f"himerge/test/merged/{task}") == [scores["merged"][task]]
+    mean = sum(scores["merged"].values()) / 2
+    assert found.summary["himerge/test/score"] == pytest.approx(mean, abs=1e-12)
+    (entry,) = found.values("himerge/test_scores")
+    assert len(wandb_records.table(offline, entry)["data"]) == 8
+    (adapter,) = [a for a in found.artifacts if a.type == "model"]
+    held = {entry.path: entry.size for entry in adapter.manifest.contents}
+    assert held["report.json"] == (out / "report.json").stat().st_size
+    assert "plan.json" in held or "ties" in recipe
+    assert (found.exits, found.exit_codes) == (1, [0])
+
+
 def test_a_run_of_a_merge_that_failed_is_told_to_have_failed(
     folder: Path, offline: Path, himerge: Callable[..., int]
 ) -> None:

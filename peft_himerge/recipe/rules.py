@@ -215,10 +215,11 @@ def _method(data: Table, names: list[str]) -> Iterator[Fault]:
         why = "tasks are scored with it" if tasks else f"{method!r} merges in a model"
         yield Fault("base", f"this key is missing: {why}.")
     if not (method == "hi" and scored):
-        yield from _unread(data, method)
+        tested = any(task.get("test") is not None for task in tasks.values())
+        yield from _unread(data, method, tested)
 
 
-def _unread(data: Table, method: Any) -> Iterator[Fault]:
+def _unread(data: Table, method: Any, tested: bool) -> Iterator[Fault]:
     """Refuse what would have no effect where no score decides the merge, or not by Hi-Merging."""
     why = "only Hi-Merging with validation data reads it"
     for key in ("journal", "budget"):
@@ -226,8 +227,8 @@ def _unread(data: Table, method: Any) -> Iterator[Fault]:
             yield Fault(key, f"{why}; leave it out.")
     tracking = data.get("tracking")
     to = tracking.get("to") if isinstance(tracking, dict) else tracking
-    if to not in (None, "none"):
-        yield Fault("tracking", f"{why}; leave it out.")
+    if to not in (None, "none") and not tested:
+        yield Fault("tracking", "no score would be told: give tasks test data, or leave it out.")
     if data.get("merged") is not None and method == "hi":
         yield Fault(
             "merged", "without validation data the base model is not read; leave it out, or use "

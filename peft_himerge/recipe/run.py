@@ -83,9 +83,10 @@ def _owned(examined: Examined, listeners: Sequence[Listener]) -> Merged:
     with owning(out) if is_main() else nullcontext():
         merged = _run(examined, out, listeners)
     # Who takes the folder away as it is must not find the lock in it.
-    if is_main() and isinstance(merged.result, MergeResult):
+    if is_main():
+        plan = None if isinstance(merged.result, AdapterMerge) else merged.result.plan
         for listener in listeners:
-            listener(AdapterSaved(out, merged.result.plan))
+            listener(AdapterSaved(out, plan))
     return merged
 
 

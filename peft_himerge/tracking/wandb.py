@@ -125,19 +125,24 @@ class WandbListener:
         wandb = sys.modules.get("wandb")
         return None if wandb is None else wandb.run
 
-    def _begin(self, event: MergeStarted) -> None:
+    def _joined(self) -> Any:
+        """Return the current run with its axis defined, started if that was asked for; or None."""
         if self._start is not None and self._run() is None:
             import wandb
 
             self._own = wandb.init(**self._start)
         run = self._run()
-        if run is None:
-            return
-        if self._defined != run.id:
+        if run is not None and self._defined != run.id:
             run.define_metric(_ROUND, hidden=True)
             run.define_metric("himerge/*", step_metric=_ROUND)
             run.define_metric("himerge/best_score", step_metric=_ROUND, summary="max")
             self._defined, self._rows = run.id, []
+        return run
+
+    def _begin(self, event: MergeStarted) -> None:
+        run = self._joined()
+        if run is None:
+            return
         facts = {
             "adapters": dict(event.digests),
             "tasks": list(event.tasks),
@@ -163,14 +168,19 @@ class WandbListener:
             self._try("upload of the plan", lambda: self._upload_plan(run, done))
 
     def _log_test(self, event: MergeTested) -> None:
-        """Log the scores of test data: as scalars of the merge's own row, and as a table."""
-        run = self._run()
+        """Log the scores of test data: as scalars of the merge's own row, and as a table.
+
+        Of a method of the registry it is the first that is heard.
+        """
+        run = self._joined()
         if run is None:
             return
         import wandb
 
         *_, merged = event.scores
+        final = [score.value for score in event.scores[merged].values()]
         payload: dict[str, Any] = {_ROUND: self._book.round}
+        payload["himerge/test/score"] = sum(final) / len(final)
         for task, score in event.scores[merged].items():
             payload[f"himerge/test/merged/{task}"] = score.value
             payload[f"himerge/test/base/{task}"] = event.scores["base"][task].value
@@ -248,7 +258,7 @@ class WandbListener:
             return
         import wandb
 
-        meta = {"fingerprint": event.plan.fingerprint}
+        meta = {} if event.plan is None else {"fingerprint": event.plan.fingerprint}
         artifact = wandb.Artifact(f"himerge-adapter-{run.id}", type="model", metadata=meta)
         artifact.add_dir(str(Path(event.folder)))
         run.log_artifact(artifact)
