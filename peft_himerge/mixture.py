@@ -318,10 +318,12 @@ class Mixture:
         kernel = self._kernel(module)
         size = x.shape[-len(kernel) :]
         # Where each entry of the kernel reads, 1 for the first place: found by the convolution
-        # itself, whatever its stride, padding and dilation. In float64 no place is rounded.
-        places = torch.arange(1, math.prod(size) + 1, dtype=torch.float64, device=x.device)
-        probes = torch.eye(math.prod(kernel)).to(places).reshape(-1, 1, *kernel)
+        # itself, whatever its stride, padding and dilation. In float64, which some devices lack, no
+        # place is rounded.
+        places = torch.arange(1, math.prod(size) + 1, dtype=torch.float64)
+        probes = torch.eye(math.prod(kernel)).double().reshape(-1, 1, *kernel)
         read = base._conv_forward(places.reshape(1, 1, *size), probes, None)[0].flatten(1).long()
+        read = read.to(x.device)
         for example in x.reshape(-1, x.shape[-len(kernel) - 1], math.prod(size)):
             yield F.pad(example, (1, 0))[:, read].flatten(0, 1).t()
 

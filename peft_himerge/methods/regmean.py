@@ -153,11 +153,12 @@ def regmean(
     weights = importance(stacks[0], "regmean")
     if relative and rounds == 1:
         raise ConfigError("relative=True needs rounds=2 or more: the first measures the effects.")
-    plain = [s for s in stacks if evidence.combiner.kind(s.module) in ("linear", "conv1d")]
+    kinds = {s.module: evidence.combiner.kind(s.module) for s in stacks}
+    plain = [s for s in stacks if kinds[s.module] in ("linear", "conv1d")]
     right: dict[str, list[Tensor]] = {}
     with evidence.mixture() as mixture:
         alike = shared_inputs(mixture, evidence, plain)
-        alike += [[s] for s in stacks if s not in plain]
+        alike += [[s] for s in stacks if kinds[s.module] in ("embedding", "conv")]
         passes, show, shares = 0, mixture.solo, {s.module: weights for s in stacks}
         for n in range(rounds):
             if n:
