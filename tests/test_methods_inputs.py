@@ -115,16 +115,9 @@ def delta_of(dense: DenseModel, module: str, name: str) -> Tensor:
     return dense.d[module][name].t() if turned else dense.d[module][name].flatten(1)
 
 
-def regmean_truth(
-    dense: DenseModel,
-    rows: Mapping[str, Tensor],
-    module: str,
-    off: float,
-    ridge: float,
-    shares: Mapping[str, float] | None = None,
-) -> Tensor:
-    """The formula, dense, as the weight is stored."""
-    parts = regmean_parts(dense, rows, module, off, ridge, shares)
+def regmean_truth(dense: DenseModel, rows: Mapping[str, Tensor], module: str, *fit: Any) -> Tensor:
+    """The formula, dense, as the weight is stored; `fit` is what `regmean_parts` takes."""
+    parts = regmean_parts(dense, rows, module, *fit)
     return stored(dense, module, torch.stack(list(parts.values())).sum(0))
 
 
