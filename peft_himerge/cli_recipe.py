@@ -190,7 +190,7 @@ def print_cost(screen: Console, found: Preview, *, focus: bool) -> None:
         soft_wrap=True,
     )
     if focus:
-        screen.print("focus: it runs the model on each adapter's rows twice before")
+        screen.print("focus: it runs the model on each adapter's rows 3 times before")
 
 
 def _cost_table(cost: Cost) -> Table:

@@ -133,6 +133,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_added() -> None:
         ((inputs, {"suffix": ""}), "already"),
         ((inputs, {"off_diagonal": 2.0}), "off_diagonal"),
         ((inputs, {"lam": 2.0}), "lam"),
+        ((inputs, {"rounds": 1}), "Give that or relative=False"),
     ):
         with pytest.raises(ConfigError, match=text):
             focus_adapters(model, names, wrong[0], **wrong[1])

@@ -24,6 +24,7 @@ from peft_himerge.cost import Cost, estimate, path_of
 from peft_himerge.engine import Engine
 from peft_himerge.errors import AdapterError, ConfigError
 from peft_himerge.events import MergeStarted, StateScored
+from peft_himerge.focus import USUAL
 from peft_himerge.plan import Edit, MergePlan
 from peft_himerge.preview import preview
 from peft_himerge.probe import Probe
@@ -341,7 +342,8 @@ def test_plan_command_prints_every_step_and_writes_nothing(folders: Path) -> Non
 def test_plan_command_tells_what_the_focus_takes(folders: Path) -> None:
     done = plan_command(folders, "--set", "variant=focused")
     assert done.returncode == 0, done.stderr
-    assert "focus: it runs the model on each adapter's rows twice before" in done.stdout
+    runs = 1 + USUAL["rounds"]  # the eval function, then each round on what it showed
+    assert f"focus: it runs the model on each adapter's rows {runs} times before" in done.stdout
 
 
 def test_plan_command_refuses_like_the_merge(folders: Path) -> None:

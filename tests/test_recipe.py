@@ -241,7 +241,7 @@ def test_a_focused_recipe_is_what_python_would_do_and_can_be_replayed(
         )
     flags = [part for change in given for part in ("--set", change)]
     shown = CliRunner().invoke(app, ["plan", str(RECIPES / name), *flags])
-    assert "focus: it runs the model on each adapter's rows twice before" in shown.output
+    assert "focus: it runs the model on each adapter's rows 3 times before" in shown.output
 
 
 def test_a_method_of_the_registry_is_what_python_would_do(

@@ -152,7 +152,10 @@ def regmean(
     ridge, limit = number("ridge", ridge, least=0.0), number("gram_gib", gram_gib, least=0.0)
     weights = importance(stacks[0], "regmean")
     if relative and rounds == 1:
-        raise ConfigError("relative=True needs rounds=2 or more: the first measures the effects.")
+        raise ConfigError(
+            "relative=True needs rounds=2 or more, since the first measures the effects. Give that "
+            "or relative=False."
+        )
     kinds = {s.module: evidence.combiner.kind(s.module) for s in stacks}
     plain = [s for s in stacks if kinds[s.module] in ("linear", "conv1d")]
     right: dict[str, list[Tensor]] = {}
