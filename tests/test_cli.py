@@ -1,14 +1,12 @@
 """The command line, called as a user calls it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from commands import himerge, himerge_process
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
@@ -42,12 +40,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def himerge(*args: object) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "peft_himerge", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-
-
 def merge_args(root: Path, out: Path) -> list[object]:
     adapters = root / "adapters"
     return [
@@ -60,11 +52,11 @@ def merge_args(root: Path, out: Path) -> list[object]:
 def test_merge_command_writes_an_adapter_that_plain_peft_loads(
     folders: Path, tmp_path: Path
 ) -> None:
-    done = himerge(
+    done = himerge_process(
         *merge_args(folders, tmp_path / "out"), "--set", "density=1.0", "--set", "scale=1.0",
         "--set", "layer_density=1.0", "--merged", tmp_path / "full",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "exported" in done.stdout
     assert "Layers, worst first" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
@@ -94,7 +86,7 @@ def test_merge_command_refuses_and_writes_nothing(
     folders: Path, tmp_path: Path, change: list[str], text: str
 ) -> None:
     done = himerge(*merge_args(folders, tmp_path / "out"), *change)
-    assert done.returncode == 2
+    assert done.code == 2
     assert text in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -106,9 +98,9 @@ def test_merge_command_says_what_an_eval_file_must_define(folders: Path, tmp_pat
     args = merge_args(folders, tmp_path / "out")
     args[args.index(folders / "my_evals.py")] = empty
     done = himerge(*args)
-    assert done.returncode == 2
+    assert done.code == 2
     assert "defines no eval_fns(tokenizer)" in " ".join(done.stderr.split())
 
 
 def test_a_wrong_call_exits_with_2() -> None:
-    assert himerge("merge").returncode == 2
+    assert himerge("merge").code == 2

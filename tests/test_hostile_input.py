@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from commands import himerge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
@@ -28,7 +29,6 @@ from peft_himerge import (
     HiMergeConfig,
     MergePlan,
     add_weighted_adapter,
-    cli,
     merge_adapters,
     merge_adapters_hi,
     merge_folders,
@@ -830,7 +830,7 @@ def test_a_hostile_recipe_is_a_list_of_faults(
     assert "recipe.yaml" in found
     done = himerge("merge", path)
     assert done.code == 2, done
-    assert "Traceback" not in done.text
+    assert "Traceback" not in done.told
     assert disk(tmp_path) == before  # nothing ran, nothing was written
 
 
@@ -855,35 +855,6 @@ def test_a_hostile_override_is_a_fault(value: str, pair: dict[str, Path], tmp_pa
     assert refusal(lambda: read_recipe(path, [f"name={value}"])) is not None
 
 
-class Done:
-    """A call of the command line that ended."""
-
-    def __init__(self, code: int, text: str) -> None:
-        self.code, self.text = code, text
-
-    def __repr__(self) -> str:
-        return f"exit {self.code}: {self.text}"
-
-
-def himerge(*arguments: object) -> Done:
-    """Call the command line in this process, with what it does about errors."""
-    import contextlib
-    import io
-
-    told, given = io.StringIO(), sys.argv
-    sys.argv = ["himerge", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-            with warnings.catch_warnings():
-                cli.main()
-        code = 0
-    except SystemExit as exc:
-        code = int(exc.code or 0)
-    finally:
-        sys.argv = given
-    return Done(code, told.getvalue())
-
-
 @pytest.mark.parametrize("name", ["cut", "no bytes", "key twice", "8 bits"])
 def test_commands_on_a_broken_folder_exit_with_a_reason_and_write_nothing(
     name: str, pair: dict[str, Path], tmp_path: Path
@@ -897,11 +868,11 @@ def test_commands_on_a_broken_folder_exit_with_a_reason_and_write_nothing(
     for arguments in (merge, ["merge", tmp_path / "recipe.yaml"], ["plan", *flags]):
         done = himerge(*arguments)
         assert done.code == 2, done
-        assert "'zh'" in done.text
-        assert "Traceback" not in done.text
+        assert "'zh'" in done.told
+        assert "Traceback" not in done.told
     done = himerge("check", pair["zh"])
     assert done.code in (0, 1)
-    assert "Traceback" not in done.text
+    assert "Traceback" not in done.told
     assert disk(tmp_path) == before
 
 
@@ -939,7 +910,7 @@ def test_a_file_that_is_no_plan_is_refused(
     before = disk(tmp_path)
     done = himerge("apply", path, *flags, "--out", tmp_path / "out")
     assert done.code == 2, done
-    assert "Traceback" not in done.text
+    assert "Traceback" not in done.told
     assert disk(tmp_path) == before
 
 
@@ -1019,7 +990,7 @@ def test_the_report_command_refuses_what_is_no_report(raw: bytes, tmp_path: Path
     for more in ([], ["--compare", tmp_path]):
         done = himerge("report", tmp_path, *more)
         assert done.code == 2, done
-        assert "Traceback" not in done.text
+        assert "Traceback" not in done.told
     assert disk(tmp_path) == before
 
 

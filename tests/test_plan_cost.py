@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from commands import Done, himerge
 from paper import paper
 from safetensors.torch import load_file, save_file
-from test_cli import himerge
 
 from peft_himerge import HiMergeConfig, merge_adapters_hi
 from peft_himerge.adapters import read_adapters
@@ -311,7 +310,7 @@ def test_preview_says_what_is_wrong_with_a_config(folders: Path, tmp_path: Path)
         preview(base, typed(zh="CAUSAL", en="CAUSAL"), config)
 
 
-def plan_command(root: Path, *more: object) -> subprocess.CompletedProcess[str]:
+def plan_command(root: Path, *more: object) -> Done:
     given = [f"--adapter={name}={path}" for name, path in paths(root).items()]
     return himerge("plan", *given, *more)
 
@@ -321,7 +320,7 @@ def test_plan_command_prints_every_step_and_writes_nothing(folders: Path) -> Non
     done = plan_command(folders, "--base", folders / "base", "--set", "density=0.4",
                         "--set", "scale=0.9", "--set", "accept=no_regression",
                         "--guard", "general")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     rows = {
         cells[0]: [int(cell) for cell in cells[1:]]
         for line in done.stdout.splitlines()
@@ -341,14 +340,14 @@ def test_plan_command_prints_every_step_and_writes_nothing(folders: Path) -> Non
 
 def test_plan_command_tells_what_the_focus_takes(folders: Path) -> None:
     done = plan_command(folders, "--set", "variant=focused")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     runs = 1 + USUAL["rounds"]  # the eval function, then each round on what it showed
     assert f"focus: it runs the model on each adapter's rows {runs} times before" in done.stdout
 
 
 def test_plan_command_refuses_like_the_merge(folders: Path) -> None:
     done = plan_command(folders, "--set", "densty=0.5")
-    assert done.returncode == 2
+    assert done.code == 2
     assert "Did you mean 'density'" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
@@ -358,6 +357,6 @@ def test_plan_command_says_which_adapter_has_no_effect(folders: Path, tmp_path: 
     file = tmp_path / "adapters" / "zh" / "adapter_model.safetensors"
     save_file({key: torch.zeros_like(value) for key, value in load_file(file).items()}, file)
     done = plan_command(tmp_path, "--set", "density=0.4", "--set", "scale=0.9")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "adapter 'zh' has no effect: its task is a guard" in done.stdout
     assert "adapter 'en'" not in done.stdout

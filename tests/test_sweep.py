@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import tiny
 import torch
 import wandb_records
+from commands import himerge, himerge_process
 from peft import PeftModel
 from snapshot import moved, snapshot
 from test_cli import EVALS
@@ -309,18 +308,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def himerge(root: Path, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, "-m", "peft_himerge", "sweep", *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**env, "OMP_NUM_THREADS": "1", **environment},
-        cwd=root,
-        check=False,
-    )
-
-
 def test_sweep_command_with_two_workers_writes_the_best_adapter(
     folders: Path, tmp_path: Path
 ) -> None:
@@ -338,8 +325,8 @@ def test_sweep_command_with_two_workers_writes_the_best_adapter(
         "--out",
         out,
     ]
-    done = himerge(folders, *args)
-    assert done.returncode == 0, done.stderr
+    done = himerge_process("sweep", *args, cwd=folders, OMP_NUM_THREADS="1")
+    assert done.code == 0, done.stderr
     assert "Best score" in done.stdout
     numbers = {line.split(":")[0] for line in done.stdout.splitlines() if "trial " in line}
     assert {f"trial {n}" for n in range(4)} <= numbers
@@ -353,11 +340,11 @@ def test_sweep_command_with_two_workers_writes_the_best_adapter(
 
 def test_sweep_command_needs_the_places_and_the_file(folders: Path, tmp_path: Path) -> None:
     file = write(tmp_path, "himerge.density: {min: 0.1, max: 1.0}")
-    done = himerge(folders, file)
-    assert done.returncode == 2
+    done = himerge("sweep", file)
+    assert done.code == 2
     assert "needs himerge.recipe, or himerge.base and himerge.adapters" in done.stderr
-    done = himerge(folders, "sweep.yaml")
-    assert done.returncode == 2
+    done = himerge("sweep", folders / "sweep.yaml")
+    assert done.code == 2
     assert "--eval is missing" in done.stderr
     more = write(tmp_path, "himerge.density: {value: 0.5}", "himerge.eval: {value: my_evals.py}")
     with pytest.raises(ConfigError, match=r"cannot name code to run.*--eval my_evals\.py"):
@@ -371,14 +358,15 @@ def test_agent_runs_one_trial_with_the_options_of_the_run(folders: Path, tmp_pat
     lines = ["wandb_version: 1"]
     lines += [f"{name}:\n  value: {value}" for name, value in chosen.items()]
     (tmp_path / "chosen.yaml").write_text("\n".join(lines) + "\n")
-    done = himerge(
-        folders,
-        *("sweep.yaml", "--agent", "--eval", "my_evals.py"),
+    done = himerge_process(
+        *("sweep", "sweep.yaml", "--agent", "--eval", "my_evals.py"),
+        cwd=folders,
+        OMP_NUM_THREADS="1",
         WANDB_MODE="offline",
         WANDB_DIR=str(tmp_path),
         WANDB_SWEEP_PARAM_PATH=str(tmp_path / "chosen.yaml"),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     found = wandb_records.read_run(tmp_path)
     (plan,) = {row["himerge/score"] for row in found.rows if "himerge/score" in row}
     assert found.summary["himerge/best_score"] == plan
