@@ -23,10 +23,9 @@ from ..errors import ConfigError
 from ..mixture import Evidence, Mixture, logits_of
 from .check import choice, flag, number, whole
 from .learning import own_loss
-from .linear import weighted_sum
 from .registry import Fitted, method
 from .regmean import importance
-from .stack import Dense, Result, Stack, named_generator
+from .stack import Dense, Stack, named_generator
 
 __all__ = ["fisher"]
 
@@ -52,15 +51,15 @@ def fisher(
     """Average every entry with the experts' diagonal Fisher information as weights.
 
     The gradients are exact per example: ``(sum_t g_t x_t^T)^2`` from each module's inputs and
-    output gradients, for one example at a time and for all given examples. What is squared:
+    output gradients (of a convolution: x_t the patch that it reads at place t), for one example
+    at a time and for all given examples. What is squared:
     for one prediction per example, every class, weighted by its probability (the exact
     expectation); for a prediction per token, one draw from the model at every token that is no
     padding, summed over the sequence.
 
     Source: arXiv 2111.09832, equation 4 and the authors' code, in which norms are divided out.
     Where we differ: `floor` is relative to each expert's mean; an adapter without a module counts
-    there with its Fisher and a delta of 0; convolutions are averaged. Weights are the paper's
-    coefficients c_i.
+    there with its Fisher and a delta of 0. Weights are the paper's coefficients c_i.
 
     Cost: one forward and backward per example (times the number of classes or `samples`); memory
     three numbers per entry of the adapted weights, however many adapters there are, of which one
@@ -85,7 +84,7 @@ def fisher(
     weights = importance(stacks[0], "fisher")
     if labels == "given":
         evidence.batches.need_labels("fisher with labels='given'")
-    seen = {s.module: s for s in stacks if evidence.combiner.kind(s.module) != "conv"}
+    seen = {stack.module: stack for stack in stacks}
     sums = {module: _Sum(_zeros(stack), _zeros(stack)) for module, stack in seen.items()}
     norms = {}
     with evidence.mixture() as mixture:
@@ -98,12 +97,11 @@ def fisher(
                 sums[module].add(f.pop(module).clamp_(min=least).mul_(factor), stack, i)
     merged = {module: total.quotient(seen[module], weights) for module, total in sums.items()}
     return Fitted(
-        lambda again: _run(again, merged, weights),
+        lambda again: ((stack.module, Dense(merged[stack.module])) for stack in again),
         {
             "examples": {name: evidence.batches.count(name) for name in stacks[0].names},
             "labels": labels,
             "fisher_norm": norms,
-            "averaged": [s.module for s in stacks if s.module not in seen],
         },
     )
 
@@ -229,13 +227,18 @@ def _add_squares(
 
 def _weight_gradient(mixture: Mixture, module: str, x: Tensor, g: Tensor, like: Tensor) -> Tensor:
     """Return dL/dW, (out, in), of one call, given dL/dy."""
-    g = g.to(like.device, like.dtype).flatten(0, -2)
-    if mixture.kind(module) != "embedding":
-        return g.t() @ x.to(like.device, like.dtype).flatten(0, -2)
+    g, x, kind = g.to(like.device, like.dtype), x.to(like.device), mixture.kind(module)
+    if kind == "conv":
+        patches = list(mixture.patches(module, x.to(like.dtype)))
+        of_examples = g.reshape(len(patches), like.shape[0], -1)
+        return of_examples.transpose(0, 1).flatten(1) @ torch.cat(patches)
+    g = g.flatten(0, -2)
+    if kind != "embedding":
+        return g.t() @ x.to(like.dtype).flatten(0, -2)
     scale = getattr(mixture.bases[module], "embed_scale", None)
     g = g if scale is None else g * scale.to(g)
     dense = new_dense((like.shape[0], like.shape[1]), like.dtype, like.device)
-    return dense.index_add_(1, x.to(like.device).flatten(), g.t())
+    return dense.index_add_(1, x.flatten(), g.t())
 
 
 def _zeros(stack: Stack) -> Tensor:
@@ -249,9 +252,3 @@ def _norm(f: Mapping[str, Tensor]) -> float:
 def _mean(f: Mapping[str, Tensor]) -> float:
     entries = sum(x.numel() for x in f.values())
     return sum(float(x.sum(dtype=torch.float64)) for x in f.values()) / max(1, entries)
-
-
-def _run(stacks: Sequence[Stack], merged: Mapping[str, Tensor], weights: Sequence[float]) -> Result:
-    for stack in stacks:
-        found = merged.get(stack.module)
-        yield stack.module, weighted_sum(stack, weights) if found is None else Dense(found)
